@@ -1,0 +1,2 @@
+//! The ep command.
+fn main() {}

@@ -1,0 +1,5 @@
+//! The CUDA implementation of the driver trait.
+
+/// The installed NVIDIA driver.
+#[derive(Debug)]
+pub struct CudaDriver {}

@@ -1,0 +1,31 @@
+//! The only door to libcuda and NVML.
+//!
+//! The crate has one idea: [`Driver`], a trait with one method per driver entry point that the
+//! project uses, and its implementation [`CudaDriver`] over libraries that are opened at run time.
+//! Everything links and starts without them. What must be released is held by the guards of
+//! [`vmm`], one guard per acquisition.
+//!
+//! It must not know policy, ranks or kernels.
+//!
+//! Safety story: `unsafe` lives in `cuda` and `nvml`, where function pointers are called. The trait
+//! takes and returns numbers in newtypes, never references to device memory, so implementing and
+//! calling it is safe: a wrong address is refused by the driver with a status.
+
+mod call;
+mod caps;
+mod cuda;
+mod driver;
+mod error;
+mod nvml;
+mod types;
+pub mod vmm;
+
+pub use call::Call;
+pub use caps::{DeviceInfo, FabricInfo, FabricState, HostFacts};
+pub use cuda::CudaDriver;
+pub use driver::Driver;
+pub use error::{Error, Result, Status};
+pub use types::{
+    Bytes16, DeviceOrdinal, DevicePtr, EventHandle, FABRIC_HANDLE_BYTES, GranularityKind,
+    HandleKind, HostMemory, IPC_HANDLE_BYTES, PhysHandle, ShareableHandle, StreamHandle,
+};
