@@ -14,7 +14,7 @@ use crate::{
 /// for its own duration only, and gives back the caller's.
 ///
 /// Sizes are bytes. Methods that take a stream are ordered on it; the others complete before they
-/// return.
+/// return and are ordered with no stream, not even the default one: synchronise first.
 pub trait Driver: fmt::Debug + Send + Sync {
     /// What this process sees of its host. Asks no driver; cannot fail.
     fn host_facts(&self) -> HostFacts;

@@ -88,7 +88,9 @@ pub enum Error {
         status: Status,
     },
     /// A library could not be opened.
-    #[error("cannot open {library}; install the NVIDIA driver, or make its folder visible to the dynamic loader")]
+    #[error(
+        "cannot open {library}; install the NVIDIA driver, or make its folder visible to the dynamic loader"
+    )]
     Library {
         /// File name of the library.
         library: &'static str,
@@ -97,7 +99,9 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The library has no such entry point.
-    #[error("{call}: the installed driver library has no such entry point; check the driver's version")]
+    #[error(
+        "{call}: the installed driver library has no such entry point; check the driver's version"
+    )]
     MissingSymbol {
         /// The call.
         call: Call,

@@ -9,13 +9,16 @@
 //!
 //! Safety story: `unsafe` lives in `cuda` and `nvml`, where function pointers are called. The trait
 //! takes and returns numbers in newtypes, never references to device memory, so implementing and
-//! calling it is safe: a wrong address is refused by the driver with a status.
+//! calling it is safe: a wrong address is refused by the driver with a status. Stream and event
+//! handles are the exception: libcuda follows them unchecked, so whoever wraps a number that is not
+//! from [`Driver`] vouches that it names a live stream or event.
 
 mod call;
 mod caps;
 mod cuda;
 mod driver;
 mod error;
+mod host;
 mod nvml;
 mod types;
 pub mod vmm;
