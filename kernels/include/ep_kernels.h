@@ -21,6 +21,7 @@ extern "C" {
 /* Limits of the wire format: an entry packs a local expert into 11 bits, a top-k index into 5 and a
  * position within (source, expert) into 16. */
 #define EP_MAX_LOCAL_EXPERTS 2048u
+#define EP_MAX_EXPERTS 8192u
 #define EP_MAX_TOP_K 32u
 #define EP_MAX_TOKENS 65536u
 #define EP_MAX_RANKS 1024u

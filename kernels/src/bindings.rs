@@ -2,6 +2,7 @@
 
 pub const EP_KERNELS_ABI_VERSION: u32 = 1;
 pub const EP_MAX_LOCAL_EXPERTS: u32 = 2048;
+pub const EP_MAX_EXPERTS: u32 = 8192;
 pub const EP_MAX_TOP_K: u32 = 32;
 pub const EP_MAX_TOKENS: u32 = 65536;
 pub const EP_MAX_RANKS: u32 = 1024;

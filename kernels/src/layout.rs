@@ -2,8 +2,8 @@
 //! ranks derive the same offsets.
 
 use crate::ffi::{
-    self, EP_HIDDEN_MULTIPLE, EP_LINE_BYTES, EP_LINE_DATA_BYTES, EP_MAX_LOCAL_EXPERTS,
-    EP_MAX_RANKS, EP_MAX_TOKENS, EP_MAX_TOP_K,
+    self, EP_HIDDEN_MULTIPLE, EP_LINE_BYTES, EP_LINE_DATA_BYTES, EP_MAX_EXPERTS,
+    EP_MAX_LOCAL_EXPERTS, EP_MAX_RANKS, EP_MAX_TOKENS, EP_MAX_TOP_K,
 };
 
 /// What a buffer is made for. Equal on every rank of a group.
@@ -93,7 +93,7 @@ impl Shape {
             "num_experts",
             self.num_experts,
             self.num_ranks,
-            EP_MAX_LOCAL_EXPERTS * self.num_ranks,
+            EP_MAX_EXPERTS.min(EP_MAX_LOCAL_EXPERTS * self.num_ranks),
         )?;
         if !self.num_experts.is_multiple_of(self.num_ranks) {
             return Err(ShapeError::Multiple {

@@ -1,0 +1,52 @@
+// A barrier of all ranks on the device: lines ranks up, for timing and for tests.
+
+#include "group.cuh"
+#include "launch.cuh"
+#include "line.cuh"
+
+namespace ep {
+namespace {
+
+constexpr uint32_t kThreads = 128;
+
+__global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_barrier_args args) {
+  __shared__ uint64_t shared_epoch;
+  const ep_group& g = args.group;
+  const Control control(g);
+  if (threadIdx.x == 0) {
+    const uint64_t until = arch::globaltimer_ns() + args.spin_ns;
+    while (arch::globaltimer_ns() < until) {
+    }
+    shared_epoch = begin_part(control, kBarrier);
+  }
+  __syncthreads();
+  const uint64_t epoch = shared_epoch;
+  for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
+    if (!takes_part(g, control, r)) continue;
+    arch::st_release_sys_u64(reinterpret_cast<void*>(peer_base(g, r) + args.layout.barrier + g.rank * kLine), epoch);
+  }
+  for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
+    if (!takes_part(g, control, r)) continue;
+    const void* from = reinterpret_cast<const void*>(peer_base(g, g.rank) + args.layout.barrier + r * kLine);
+    Patience patience;
+    // A peer may already be at a later barrier.
+    while (arch::ld_acquire_sys_u64(from) < epoch) {
+      if (patience.expired(g, kBarrier, epoch)) {
+        report_timeout(g, kBarrier, epoch, EP_PHASE_BARRIER, r);
+        break;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ep
+
+extern "C" int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream, int32_t* cuda_error) {
+  using namespace ep;
+  if (args == nullptr || args->struct_size != sizeof(*args) || !group_is_sound(args->group)) return EP_LAUNCH_BAD_ARGS;
+  const DeviceGuard device(args->group.device);
+  if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
+  barrier<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
+  return status_of(cudaGetLastError(), cuda_error);
+}

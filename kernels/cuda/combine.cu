@@ -1,0 +1,379 @@
+// Combine: the owner of a token's experts reduces its rows to one partial and pushes it back; the
+// token's rank sums the partials.
+//
+// As in dispatch, a block has two halves that never wait for each other, and no block waits for
+// another block. The sending half walks the rows that were received, the receiving half the tokens
+// that were sent. If the weights are given only here, the receiving half first pushes them to the
+// owners.
+
+#include <cuda_bf16.h>
+
+#include "group.cuh"
+#include "launch.cuh"
+#include "line.cuh"
+
+namespace ep {
+namespace {
+
+constexpr uint32_t kSendThreads = 512;
+constexpr uint32_t kRecvThreads = 512;
+constexpr uint32_t kSendWarps = kSendThreads / 32;
+constexpr uint32_t kRecvWarps = kRecvThreads / 32;
+constexpr uint32_t kNowhere = ~0u;
+constexpr uint32_t kSendPieces = 2;     // pieces of a row per lane and unit of sending
+constexpr uint32_t kEntriesAtOnce = 2;  // experts' rows loaded before the first is added
+constexpr uint32_t kPartialsAtOnce = 4; // partials polled before the first is added
+constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
+
+template <uint32_t H>
+struct Problem {
+  const ep_combine_args& a;
+
+  __device__ __forceinline__ explicit Problem(const ep_combine_args& args) : a(args) {}
+
+  __device__ __forceinline__ uint32_t hidden() const { return H != 0 ? H : a.group.hidden; }
+  __device__ __forceinline__ RowShape row() const { return bf16_row(hidden()); }
+  // Where `owner`'s partials for this rank, or this rank's for others, stand in the buffer at `base`.
+  __device__ __forceinline__ uint64_t partial_at(uint64_t base, uint32_t owner, uint32_t slot) const {
+    return base + a.layout.partials + a.handle.slot * a.layout.partials_slot_stride +
+           owner * a.layout.partials_source_stride + slot * a.layout.partial_stride;
+  }
+  // Whose partials a line of the buffer belongs to.
+  __device__ __forceinline__ uint32_t owner_of(uint32_t line) const {
+    return static_cast<uint32_t>((uint64_t{line} * kLine - partial_at(0, 0, 0)) / a.layout.partials_source_stride);
+  }
+  __device__ __forceinline__ uint64_t weights_at(uint64_t base, uint32_t source, uint32_t slot) const {
+    return base + a.layout.weights + a.handle.slot * a.layout.weights_slot_stride +
+           source * a.layout.weights_source_stride + slot * a.layout.weight_stride;
+  }
+};
+
+// Byte offset, within a row, of the piece of a line that a lane carries; `row bytes` if it carries none.
+__device__ __forceinline__ uint32_t piece_offset(const RowShape& shape, uint32_t line, const LaneInLine& lane) {
+  if (line >= shape.lines()) return 16 * shape.body;
+  if (!lane.last()) {
+    const uint32_t unit = 7 * line + lane.piece;
+    return unit < shape.whole() ? 16 * unit : 16 * shape.body;
+  }
+  return min(16 * shape.whole() + 8 * line, 16 * shape.body);
+}
+
+struct Channels {
+  float v[8];
+};
+
+__device__ __forceinline__ Channels unpack(uint4 p) {
+  const uint32_t w[4] = {p.x, p.y, p.z, p.w};
+  Channels c;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    c.v[2 * i] = __uint_as_float(w[i] << 16);
+    c.v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  }
+  return c;
+}
+
+__device__ __forceinline__ uint4 pack(const Channels& c) {
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 b = __floats2bfloat162_rn(c.v[2 * i], c.v[2 * i + 1]);
+    w[i] = *reinterpret_cast<const uint32_t*>(&b);
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
+// Pushes a token's weights to the owners of its experts, in the order of their rows' entries. One warp.
+template <class P>
+__device__ __forceinline__ void push_weights(const P& p, uint32_t token, uint64_t epoch) {
+  const ep_group& g = p.a.group;
+  const uint32_t k = threadIdx.x % 32;
+  const LaneInLine lane;
+  const uint32_t top_k = p.a.handle.top_k;
+  uint32_t route = kNowhere;
+  float weight = 0.0f;
+  if (k < top_k) {
+    route = reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + k];
+    weight = reinterpret_cast<const float*>(p.a.topk_weights)[uint64_t{token} * top_k + k];
+  }
+  uint32_t rest = __ballot_sync(~0u, route != kNowhere);
+  while (rest != 0) {
+    const uint32_t to = __shfl_sync(~0u, route, __ffs(rest) - 1);
+    uint32_t members = __ballot_sync(~0u, route == to);
+    rest &= ~members;
+    float piece[4] = {};
+    for (uint32_t i = 0; members != 0; ++i, members &= members - 1) {
+      const float w = __shfl_sync(~0u, weight, __ffs(members) - 1);
+      const uint32_t at = i % kWeightsPerLine;
+      if (lane.line == i / kWeightsPerLine && lane.piece == at / 4) {
+#pragma unroll
+        for (uint32_t c = 0; c < 4; ++c)
+          if (at % 4 == c) piece[c] = w;
+      }
+    }
+    if (lane.line < p.a.layout.weight_lines) {
+      uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]), __float_as_uint(piece[3])};
+      if (lane.last()) v = seal({v.x, v.y}, epoch);
+      const uint64_t base = p.weights_at(peer_base(g, to >> 16), g.rank, to & 0xffff);
+      arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16, v);
+    }
+  }
+}
+
+// Reduces some lines of one received row and stores them to the row's source. One warp.
+template <class P>
+__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source, uint32_t slot, uint32_t first_line) {
+  const ep_group& g = p.a.group;
+  const uint32_t thread = threadIdx.x % 32;
+  const LaneInLine lane;
+  const RowShape shape = p.row();
+  const uint64_t* map = reinterpret_cast<const uint64_t*>(p.a.handle.recv_map) +
+                        (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
+  const uint32_t entries = static_cast<uint32_t>(map[0] >> 32);
+  const uint64_t entry = thread < g.max_top_k ? map[1 + thread] : 0;
+  if (entries == 0) return;
+
+  uint4 given = {};
+  const bool weights_here = (p.a.flags & EP_COMBINE_WEIGHTS) != 0;
+  if (weights_here) {
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
+                          lane.line * kLine + lane.piece * 16;
+    Patience patience;
+    for (;;) {
+      if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
+      if (__all_sync(~0u, !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch))) break;
+      if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) {
+        if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
+        return;
+      }
+    }
+  }
+
+  const uint8_t* y = reinterpret_cast<const uint8_t*>(p.a.y);
+  const uint32_t row_bytes = 16 * shape.body;
+  uint32_t offset[kSendPieces];
+#pragma unroll
+  for (uint32_t i = 0; i < kSendPieces; ++i)
+    offset[i] = piece_offset(shape, first_line + i * kLinesPerWarp + lane.line, lane);
+
+  Channels sum[kSendPieces];
+  for (uint32_t e = 0; e < entries; e += kEntriesAtOnce) {
+    uint4 rows[kEntriesAtOnce][kSendPieces];
+    float weight[kEntriesAtOnce];
+#pragma unroll
+    for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
+      const uint32_t at = e + j;
+      const uint64_t which = __shfl_sync(~0u, entry, at % 32);
+      const uint8_t* row = y + uint64_t{static_cast<uint32_t>(which)} * row_bytes;
+      weight[j] = __uint_as_float(static_cast<uint32_t>(which >> 32));
+      if (weights_here) {
+        const uint32_t in_line = at % kWeightsPerLine;
+        const uint32_t c = in_line % 4;
+        const uint32_t mine = c == 0 ? given.x : c == 1 ? given.y : c == 2 ? given.z : given.w;
+        weight[j] = __uint_as_float(__shfl_sync(~0u, mine, at / kWeightsPerLine * kLanesPerLine + in_line / 4));
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kSendPieces; ++i) {
+        rows[j][i] = {};
+        if (at < entries && offset[i] < row_bytes) {
+          if (!lane.last()) {
+            rows[j][i] = arch::ld_stream_v4(row + offset[i]);
+          } else {
+            const uint2 half = arch::ld_stream_v2(row + offset[i]);
+            rows[j][i] = {half.x, half.y, 0, 0};
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
+      if (e + j >= entries) break;
+#pragma unroll
+      for (uint32_t i = 0; i < kSendPieces; ++i) {
+        const Channels c = unpack(rows[j][i]);
+#pragma unroll
+        for (int v = 0; v < 8; ++v)
+          sum[i].v[v] = e + j == 0 ? weight[j] * c.v[v] : fmaf(weight[j], c.v[v], sum[i].v[v]);
+      }
+    }
+  }
+
+  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(peer_base(g, source), g.rank, slot)) + lane.piece * 16;
+#pragma unroll
+  for (uint32_t i = 0; i < kSendPieces; ++i) {
+    const uint32_t line = first_line + i * kLinesPerWarp + lane.line;
+    uint4 v = pack(sum[i]);
+    if (lane.last()) v = seal({v.x, v.y}, epoch);
+    if (line < shape.lines()) arch::st_relaxed_sys_v4(to + line * kLine, v);
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void send(const P& p, const uint32_t* source_rows, uint64_t epoch) {
+  const ep_group& g = p.a.group;
+  const Control control(g);
+  uint32_t most = 0;
+  for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
+  constexpr uint32_t kUnitLines = kSendPieces * kLinesPerWarp;
+  const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
+  const uint32_t units = most * g.num_ranks * units_per_row;
+  const uint32_t warp = threadIdx.x / 32;
+  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kSendWarps * gridDim.x) {
+    const uint32_t row = u / units_per_row;
+    // Each rank begins with another source, so that at any time ranks send to different ones.
+    const uint32_t source = (row + g.rank + 1) % g.num_ranks;
+    const uint32_t slot = row / g.num_ranks;
+    if (slot < source_rows[source] && takes_part(g, control, source))
+      send_unit(p, epoch, source, slot, u % units_per_row * kUnitLines);
+  }
+}
+
+// Sums some lines of one token's partials. One warp.
+template <class P>
+__device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_t token, uint32_t first_line) {
+  const ep_group& g = p.a.group;
+  const uint32_t thread = threadIdx.x % 32;
+  const LaneInLine lane;
+  const RowShape shape = p.row();
+  const uint32_t line = first_line + lane.line;
+  const bool mine = line < shape.lines();
+  uint32_t route = kNowhere;
+  if (thread < p.a.handle.top_k)
+    route = reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
+
+  const uint8_t* own = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank)) + lane.piece * 16;
+  Channels sum = {};
+  bool any = false;
+  uint32_t next = __reduce_min_sync(~0u, route);
+  while (next != kNowhere) {
+    // Owners ascend, some at a time.
+    uint32_t at[kPartialsAtOnce];  // the lane's line, counted from the buffer's base
+    uint4 piece[kPartialsAtOnce];
+    uint32_t missing = 0;
+    uint32_t count = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
+      at[i] = static_cast<uint32_t>(p.partial_at(0, next >> 16, next & 0xffff) / kLine) + line;
+      piece[i] = {};
+      if (next != kNowhere) {
+        missing |= 1u << i;
+        ++count;
+        if (route == next) route = kNowhere;
+        next = __reduce_min_sync(~0u, route);
+      }
+    }
+    Patience patience;
+    uint32_t absent = 0;
+    while (missing != 0) {
+#pragma unroll
+      for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
+        if ((missing >> i & 1) != 0 && mine)
+          piece[i] = arch::ld_relaxed_sys_v4(own + uint64_t{at[i]} * kLine);
+#pragma unroll
+      for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
+        if ((missing >> i & 1) != 0 && __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
+          missing &= ~(1u << i);
+      if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) {
+        absent = missing;
+        uint32_t mine_at = at[0];
+#pragma unroll
+        for (uint32_t i = 1; i < kPartialsAtOnce; ++i)
+          if (thread == i) mine_at = at[i];
+        if (thread < kPartialsAtOnce && (absent >> thread & 1) != 0)
+          report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
+        break;
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
+      if (i >= count || (absent >> i & 1) != 0) continue;
+      const Channels c = unpack(piece[i]);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) sum.v[v] = any ? sum.v[v] + c.v[v] : c.v[v];
+      any = true;
+    }
+  }
+
+  const uint32_t row_bytes = 16 * shape.body;
+  const uint32_t offset = piece_offset(shape, line, lane);
+  if (offset >= row_bytes) return;
+  uint8_t* out = reinterpret_cast<uint8_t*>(p.a.out) + uint64_t{token} * row_bytes + offset;
+  const uint4 v = pack(sum);
+  if (!lane.last())
+    *reinterpret_cast<uint4*>(out) = v;
+  else
+    *reinterpret_cast<uint2*>(out) = {v.x, v.y};
+}
+
+template <class P>
+__device__ __forceinline__ void receive(const P& p, uint64_t epoch) {
+  const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
+  const uint32_t units = p.a.handle.num_tokens * units_per_row;
+  const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
+  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kRecvWarps * gridDim.x)
+    receive_unit(p, epoch, u / units_per_row, u % units_per_row * kLinesPerWarp);
+}
+
+template <uint32_t H>
+__global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1) combine(const __grid_constant__ ep_combine_args args) {
+  extern __shared__ uint32_t source_rows[];
+  __shared__ uint64_t send_epoch;
+  __shared__ uint64_t recv_epoch;
+  const Problem<H> p(args);
+  const ep_group& g = args.group;
+  const bool sends = (args.flags & EP_COMBINE_SEND) != 0;
+  const bool receives = (args.flags & EP_COMBINE_RECV) != 0;
+  if (threadIdx.x == 0 && sends) send_epoch = begin_part(Control(g), kCombineSend);
+  if (threadIdx.x == kSendThreads && receives) recv_epoch = begin_part(Control(g), kCombineRecv);
+  for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kSendThreads + kRecvThreads)
+    source_rows[r] = reinterpret_cast<const uint32_t*>(args.handle.recv_rows)[r];
+  __syncthreads();
+
+  if (threadIdx.x < kSendThreads) {
+    if (sends) send(p, source_rows, send_epoch);
+    return;
+  }
+  if (sends && (args.flags & EP_COMBINE_WEIGHTS) != 0) {
+    const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
+    for (uint32_t t = warp * gridDim.x + blockIdx.x; t < args.handle.num_tokens; t += kRecvWarps * gridDim.x)
+      push_weights(p, t, send_epoch);
+  }
+  if (receives) receive(p, recv_epoch);
+}
+
+using CombineKernel = void(const ep_combine_args);
+
+CombineKernel* kernel_for(uint32_t hidden) {
+  switch (hidden) {
+    case 3584: return combine<3584>;
+    case 7168: return combine<7168>;
+    default: return combine<0>;
+  }
+}
+
+bool is_sound(const ep_combine_args& a) {
+  if (a.struct_size != sizeof(a) || (a.flags & (EP_COMBINE_SEND | EP_COMBINE_RECV)) == 0 ||
+      !group_is_sound(a.group) || !handle_is_sound(a.handle, a.group, a.layout))
+    return false;
+  const bool tokens = a.handle.num_tokens != 0;
+  if ((a.flags & EP_COMBINE_WEIGHTS) != 0 && tokens && a.topk_weights == 0) return false;
+  return ((a.flags & EP_COMBINE_SEND) == 0 || a.y != 0) && ((a.flags & EP_COMBINE_RECV) == 0 || !tokens || a.out != 0);
+}
+
+}  // namespace
+}  // namespace ep
+
+extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream, int32_t* cuda_error) {
+  using namespace ep;
+  if (args == nullptr || !is_sound(*args)) return EP_LAUNCH_BAD_ARGS;
+  const DeviceGuard device(args->group.device);
+  if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
+  unsigned grid = 0;
+  cudaError_t e = grid_for(args->group, &grid);
+  if (e == cudaSuccess) {
+    CombineKernel* kernel = kernel_for(args->group.hidden);
+    kernel<<<grid, kSendThreads + kRecvThreads, 4 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(*args);
+    e = cudaGetLastError();
+  }
+  return status_of(e, cuda_error);
+}

@@ -1,0 +1,164 @@
+// The group as a kernel sees it: peers, this buffer's control block, faults, bounded waits.
+#pragma once
+
+#include "arch/memory.cuh"
+#include "arch/sync.cuh"
+#include "ep_kernels.h"
+
+namespace ep {
+
+// A part of an operation that can be launched alone has its own epoch.
+enum Part : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv, kBarrier, kParts };
+
+struct PartState {
+  uint64_t epoch;     // operations begun
+  uint64_t start[2];  // by epoch parity: when the first slow wait began, or 0
+  uint32_t arrived;   // blocks that have read `epoch`
+  uint32_t padding;
+};
+
+// Behind the participation table, at a multiple of 128 bytes. Then, per part and peer, one verdict.
+struct ControlFixed {
+  PartState part[kParts];
+  uint64_t faults;  // records written so far
+};
+static_assert(sizeof(ControlFixed) <= EP_CONTROL_FIXED_BYTES - 128);
+
+// What the group agreed on a peer in one operation: epoch << 2 | verdict.
+enum Verdict : uint64_t { kOpen = 0, kClosing = 1, kPresent = 2, kGivenUp = 3 };
+
+struct Control {
+  uint8_t* base;
+  uint32_t ranks;
+
+  __device__ __forceinline__ explicit Control(const ep_group& g)
+      : base(reinterpret_cast<uint8_t*>(g.control)), ranks(g.num_ranks) {}
+
+  __device__ __forceinline__ uint32_t active(uint32_t rank) const {
+    return reinterpret_cast<const uint32_t*>(base)[rank];
+  }
+  __device__ __forceinline__ ControlFixed* fixed() const {
+    return reinterpret_cast<ControlFixed*>(base + ((4 * ranks + 127) & ~127u));
+  }
+  __device__ __forceinline__ PartState* part(Part p) const { return &fixed()->part[p]; }
+  // Verdict words are shared by the waits of one part.
+  __device__ __forceinline__ uint64_t* verdict(Part p, uint32_t rank) const {
+    return reinterpret_cast<uint64_t*>(fixed() + 1) + p * ranks + rank;
+  }
+  // The last epoch in which a fault of a peer was recorded, so that it is recorded once.
+  __device__ __forceinline__ uint64_t* reported(Part p, uint32_t rank) const {
+    return reinterpret_cast<uint64_t*>(fixed() + 1) + (kParts + p) * ranks + rank;
+  }
+};
+static_assert(2 * kParts * sizeof(uint64_t) + sizeof(uint32_t) <= 128, "per rank in EP_CONTROL_BYTES");
+
+// This operation's epoch. Called by one thread of every block; the block that reads it last
+// advances it for the next operation, which the stream starts after this one.
+__device__ __forceinline__ uint64_t begin_part(const Control& control, Part p) {
+  PartState* s = control.part(p);
+  const uint64_t epoch = arch::ld_relaxed_gpu_u64(&s->epoch) + 1;
+  if (arch::atom_add_acq_rel_gpu_u32(&s->arrived, 1) == gridDim.x - 1) {
+    s->arrived = 0;
+    s->start[(epoch + 1) & 1] = 0;
+    arch::st_relaxed_gpu_u64(&s->epoch, epoch);
+  }
+  return epoch;
+}
+
+__device__ __forceinline__ uint32_t op_of(Part p) {
+  return p <= kDispatchRecv ? EP_OP_DISPATCH : p <= kCombineRecv ? EP_OP_COMBINE : EP_OP_BARRIER;
+}
+
+__device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t epoch, uint32_t fault, uint32_t phase,
+                                          uint32_t peer, uint64_t token, int64_t value) {
+  const Control control(g);
+  const uint64_t n = arch::atom_add_relaxed_gpu_u64(&control.fixed()->faults, 1);
+  ep_fault* f = reinterpret_cast<ep_fault*>(g.faults) + n % EP_FAULT_RING;
+  // A reader that sees 0, or another sequence after than before, drops the record.
+  arch::st_release_sys_u64(&f->sequence, 0);
+  f->epoch = epoch;
+  f->fault = fault;
+  f->op = op_of(p);
+  f->phase = phase;
+  f->peer = peer;
+  f->token = token;
+  f->value = value;
+  arch::st_release_sys_u64(&f->sequence, n + 1);
+}
+
+// At most one record of this peer in this part of this operation.
+__device__ __forceinline__ void record_peer_fault(const ep_group& g, Part p, uint64_t epoch, uint32_t fault,
+                                               uint32_t phase, uint32_t peer, int64_t value) {
+  const Control control(g);
+  if (arch::atom_max_relaxed_gpu_u64(control.reported(p, peer), epoch) < epoch)
+    record_fault(g, p, epoch, fault, phase, peer, 0, value);
+}
+
+__device__ __forceinline__ uint64_t peer_base(const ep_group& g, uint32_t rank) {
+  return reinterpret_cast<const uint64_t*>(g.peer_table)[rank];
+}
+
+// Whether this rank exchanges with `rank` in this operation.
+__device__ __forceinline__ bool takes_part(const ep_group& g, const Control& control, uint32_t rank) {
+  return peer_base(g, rank) != 0 && control.active(rank) != 0;
+}
+
+// Nanoseconds since the first slow wait of this part of this operation. All blocks share that start,
+// so that they give up at the same moment.
+__device__ __forceinline__ uint64_t waited_ns(const ep_group& g, Part p, uint64_t epoch) {
+  uint64_t* slot = &Control(g).part(p)->start[epoch & 1];
+  const uint64_t now = arch::globaltimer_ns() | 1;
+  uint64_t start = arch::ld_relaxed_gpu_u64(slot);
+  if (start == 0) {
+    const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(slot, 0, now);
+    start = old == 0 ? now : old;
+  }
+  return now > start ? now - start : 0;
+}
+
+__device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64_t epoch, uint32_t phase, uint32_t peer) {
+  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, static_cast<int64_t>(waited_ns(g, p, epoch)));
+}
+
+// Counts vain polls of one wait; looks at the clock only now and then, and not at all at first.
+class Patience {
+ public:
+  // Call after each vain poll. True once the operation's time is over.
+  __device__ __forceinline__ bool expired(const ep_group& g, Part p, uint64_t epoch) {
+    if (--polls_ != 0) return false;
+    polls_ = 64;
+    return waited_ns(g, p, epoch) >= g.timeout_ns;
+  }
+
+ private:
+  uint32_t polls_ = 4096;
+};
+
+// Whether blocks may take what a peer sent at face value, by its verdict word as read beside the data.
+__device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) { return verdict >> 2 != epoch; }
+
+// All blocks must agree on whether a peer's counts came, because they place rows by them. A block
+// whose time is over first closes the peer: from then on no block accepts the counts by itself.
+// After a grace in which loads under way finish, it looks once more, and the first to say decides.
+// `packet` is one packet of the peer's counts.
+__device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch, uint32_t peer,
+                                            const uint64_t* packet) {
+  constexpr uint64_t kGraceNs = 50000;
+  uint64_t* word = Control(g).verdict(p, peer);
+  const uint64_t closing = epoch << 2 | kClosing;
+  uint64_t seen = arch::ld_relaxed_gpu_u64(word);
+  while (seen >> 2 != epoch) {
+    const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, seen, closing);
+    if (old == seen) break;
+    seen = old;
+  }
+  arch::fence_sc_gpu();
+  const uint64_t until = arch::globaltimer_ns() + kGraceNs;
+  while (arch::globaltimer_ns() < until) arch::sleep_ns(1000);
+  const bool here = static_cast<uint32_t>(arch::ld_acquire_sys_u64(packet) >> 32) == static_cast<uint32_t>(epoch);
+  const uint64_t mine = epoch << 2 | (here ? kPresent : kGivenUp);
+  const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, closing, mine);
+  return ((old == closing ? mine : old) & 3) == kPresent;
+}
+
+}  // namespace ep

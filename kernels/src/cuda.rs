@@ -1,0 +1,119 @@
+//! The CUDA kernels behind the C ABI.
+#![allow(unsafe_code, reason = "calls the C launchers")]
+
+use std::ffi::c_void;
+
+use crate::{Kernel, Kernels, LaunchError, ffi};
+
+unsafe extern "C" {
+    fn ep_kernels_abi_version() -> u32;
+    fn ep_dispatch_launch(
+        args: *const ffi::ep_dispatch_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+    fn ep_combine_launch(
+        args: *const ffi::ep_combine_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+    fn ep_barrier_launch(
+        args: *const ffi::ep_barrier_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+    fn ep_dequantize_launch(
+        args: *const ffi::ep_dequantize_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+    fn ep_swiglu_launch(
+        args: *const ffi::ep_swiglu_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+}
+
+type Launcher<A> = unsafe extern "C" fn(*const A, *mut c_void, *mut i32) -> i32;
+
+/// The CUDA kernels. They run on the primary context of the device in their arguments.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaKernels(());
+
+impl CudaKernels {
+    /// The kernels that were linked, if they speak this crate's version of the contract.
+    pub fn new() -> Result<Self, LaunchError> {
+        // SAFETY: the function takes nothing and reads nothing.
+        let version = unsafe { ep_kernels_abi_version() };
+        if version == ffi::EP_KERNELS_ABI_VERSION {
+            Ok(Self(()))
+        } else {
+            Err(LaunchError::BadArgs { kernel: Kernel::Dispatch })
+        }
+    }
+
+    /// Enqueues the conversion of E4M3 rows to bf16.
+    ///
+    /// # Safety
+    /// Every address in `args` must be valid on its device until the stream has passed the launch.
+    pub unsafe fn dequantize(
+        &self,
+        args: &ffi::ep_dequantize_args,
+        stream: u64,
+    ) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
+        unsafe { launch(Kernel::Dequantize, ep_dequantize_launch, args, stream) }
+    }
+
+    /// Enqueues `silu(gate) * up`.
+    ///
+    /// # Safety
+    /// Every address in `args` must be valid on its device until the stream has passed the launch.
+    pub unsafe fn swiglu(&self, args: &ffi::ep_swiglu_args, stream: u64) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
+        unsafe { launch(Kernel::Swiglu, ep_swiglu_launch, args, stream) }
+    }
+}
+
+impl Kernels for CudaKernels {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    unsafe fn dispatch(&self, args: &ffi::ep_dispatch_args, stream: u64) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
+        unsafe { launch(Kernel::Dispatch, ep_dispatch_launch, args, stream) }
+    }
+
+    unsafe fn combine(&self, args: &ffi::ep_combine_args, stream: u64) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
+        unsafe { launch(Kernel::Combine, ep_combine_launch, args, stream) }
+    }
+
+    unsafe fn barrier(&self, args: &ffi::ep_barrier_args, stream: u64) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
+        unsafe { launch(Kernel::Barrier, ep_barrier_launch, args, stream) }
+    }
+}
+
+/// Calls a launcher and names its status.
+///
+/// # Safety
+/// As for the launcher: addresses in `args` must be valid until the stream has passed the launch.
+unsafe fn launch<A>(
+    kernel: Kernel,
+    launcher: Launcher<A>,
+    args: &A,
+    stream: u64,
+) -> Result<(), LaunchError> {
+    let mut error = 0;
+    // SAFETY: `args` is a valid struct of the header, which the launcher only reads; `error` is
+    // written before it returns.
+    let status = unsafe { launcher(args, stream as *mut c_void, &mut error) };
+    match status {
+        ffi::EP_LAUNCH_OK => Ok(()),
+        ffi::EP_LAUNCH_BAD_ARGS => Err(LaunchError::BadArgs { kernel }),
+        ffi::EP_LAUNCH_UNSUPPORTED => Err(LaunchError::Unsupported { kernel }),
+        _ => Err(LaunchError::Cuda { kernel, error }),
+    }
+}
