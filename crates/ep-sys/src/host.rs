@@ -65,3 +65,80 @@ fn digest(text: &str) -> Bytes16 {
     );
     Bytes16(hash.to_be_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of files, removed with this value.
+    struct Tree(std::path::PathBuf);
+
+    impl Tree {
+        fn new(name: &str, files: &[(&str, &str)]) -> Self {
+            let pid = std::process::id();
+            let tree = Self(std::env::temp_dir().join(format!("ep-sys-{name}-{pid}")));
+            for (path, text) in files {
+                let path = tree.0.join(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            }
+            tree
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn facts_are_of_this_host_and_stable() {
+        let facts = facts();
+        assert!(!facts.name.is_empty());
+        assert!(!facts.host_id.is_zero());
+        assert_eq!(facts, super::facts());
+    }
+
+    #[test]
+    fn a_boot_id_is_read_as_its_bytes() {
+        let id = uuid("0123abcd-4567-89ef-0011-aabbccddeeff").unwrap();
+        assert_eq!(id.to_string(), "0123abcd-4567-89ef-0011-aabbccddeeff");
+        for bad in ["", "0123", "0123abcd-4567-89ef-0011-aabbccddeefg"] {
+            assert_eq!(uuid(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn digests_tell_hosts_apart() {
+        // FNV-1a's published value for "a".
+        let a = 0xd228_cb69_6f1a_8caf_7891_2b70_4e4a_8964_u128;
+        assert_eq!(digest("a"), Bytes16(a.to_be_bytes()));
+        assert_ne!(digest("node-1"), digest("node-2"));
+    }
+
+    #[test]
+    fn a_nic_counts_once_and_only_with_an_active_port() {
+        let tree = Tree::new(
+            "infiniband",
+            &[
+                ("mlx5_0/ports/1/state", "4: ACTIVE\n"),
+                ("mlx5_0/ports/2/state", "4: ACTIVE\n"),
+                ("mlx5_1/ports/1/state", "1: DOWN\n"),
+                ("mlx5_2/ports/1/state", "1: DOWN\n"),
+                ("mlx5_2/ports/2/state", "4: ACTIVE\n"),
+                ("mlx5_3/node_type", "1: CA\n"),
+            ],
+        );
+        assert_eq!(rdma_nics(&tree.0), 2);
+        assert_eq!(rdma_nics(&tree.0.join("absent")), 0);
+    }
+
+    #[test]
+    fn an_imex_channel_is_seen_by_its_node() {
+        let tree = Tree::new("imex", &[("channel0", ""), ("other/file", "")]);
+        assert!(imex_channel(&tree.0));
+        assert!(!imex_channel(&tree.0.join("other")));
+        assert!(!imex_channel(&tree.0.join("absent")));
+    }
+}

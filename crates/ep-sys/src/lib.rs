@@ -18,6 +18,8 @@ mod caps;
 mod cuda;
 mod driver;
 mod error;
+#[cfg(test)]
+mod fake;
 mod host;
 mod nvml;
 mod types;

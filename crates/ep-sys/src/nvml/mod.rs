@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code, reason = "this module calls NVML's functions")]
 
+#[cfg(test)]
+mod tests;
 
 use std::ffi::{CString, OsStr, c_char, c_void};
 
