@@ -9,9 +9,10 @@
 //!
 //! Safety story: `unsafe` lives in `cuda` and `nvml`, where function pointers are called. The trait
 //! takes and returns numbers in newtypes, never references to device memory, so implementing and
-//! calling it is safe: a wrong address is refused by the driver with a status. Stream and event
-//! handles are the exception: libcuda follows them unchecked, so whoever wraps a number that is not
-//! from [`Driver`] vouches that it names a live stream or event.
+//! calling it is safe: a wrong address is refused by the driver with a status, or by this crate
+//! where the driver would not survive it. Stream handles are the exception: those of a framework are
+//! welcome, so whoever wraps a number that is not from [`Driver`] vouches that it names a live
+//! stream.
 
 mod call;
 mod caps;

@@ -5,6 +5,7 @@
     reason = "this module passes buffers to libcuda and reads memory that it allocated"
 )]
 
+mod live;
 pub(crate) mod load;
 mod table;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use cudarc::driver::sys::{
     CUmemLocationType, CUuuid,
 };
 
+use self::live::Live;
 use self::load::Site;
 use self::table::Table;
 use crate::nvml::Nvml;
@@ -49,6 +51,7 @@ pub struct CudaDriver {
     nvml: OnceLock<Option<Nvml>>,
     nvml_path: &'static OsStr,
     devices: Box<[Device]>,
+    live: Live,
     host_memory: RwLock<BTreeMap<u64, HostMemory>>,
 }
 
@@ -111,6 +114,7 @@ impl CudaDriver {
             nvml: OnceLock::new(),
             nvml_path,
             devices,
+            live: Live::default(),
             host_memory: RwLock::default(),
         }))
     }
@@ -349,11 +353,14 @@ impl Driver for CudaDriver {
         let mut physical = 0;
         self.cuda
             .cuMemCreate(at.site, &mut physical, bytes, &prop, 0)?;
-        Ok(PhysHandle(physical))
+        let physical = PhysHandle(physical);
+        self.live.add(physical);
+        Ok(physical)
     }
 
     fn mem_release(&self, device: DeviceOrdinal, handle: PhysHandle) -> Result<()> {
         let at = self.enter(Call::MemRelease, device)?;
+        self.live.take(at.site, handle)?;
         self.cuda.cuMemRelease(at.site, handle.0)
     }
 
@@ -378,6 +385,7 @@ impl Driver for CudaDriver {
         handle: PhysHandle,
     ) -> Result<()> {
         let at = self.enter(Call::MemMap, device)?;
+        self.live.check(at.site, handle)?;
         self.cuda.cuMemMap(at.site, ptr.0, bytes, 0, handle.0, 0)
     }
 
@@ -402,6 +410,7 @@ impl Driver for CudaDriver {
         kind: HandleKind,
     ) -> Result<ShareableHandle> {
         let at = self.enter(Call::MemExport, device)?;
+        self.live.check(at.site, handle)?;
         let export = |shareable: *mut c_void| {
             // SAFETY: `shareable` points to what this kind of handle is written to, below.
             unsafe {
@@ -460,7 +469,9 @@ impl Driver for CudaDriver {
                 import(ptr::without_provenance_mut(fd.as_raw_fd() as usize))?;
             }
         }
-        Ok(PhysHandle(physical))
+        let physical = PhysHandle(physical);
+        self.live.add(physical);
+        Ok(physical)
     }
 
     fn mem_alloc(&self, device: DeviceOrdinal, bytes: u64) -> Result<DevicePtr> {
@@ -634,11 +645,14 @@ impl Driver for CudaDriver {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         let mut stream = 0;
         self.cuda.cuStreamCreate(at.site, &mut stream, flags)?;
-        Ok(StreamHandle(stream))
+        let stream = StreamHandle(stream);
+        self.live.add(stream);
+        Ok(stream)
     }
 
     fn stream_destroy(&self, device: DeviceOrdinal, stream: StreamHandle) -> Result<()> {
         let at = self.enter(Call::StreamDestroy, device)?;
+        self.live.take(at.site, stream)?;
         self.cuda.cuStreamDestroy_v2(at.site, stream.0)
     }
 
@@ -654,6 +668,7 @@ impl Driver for CudaDriver {
         event: EventHandle,
     ) -> Result<()> {
         let at = self.enter(Call::StreamWaitEvent, device)?;
+        self.live.check(at.site, event)?;
         self.cuda.cuStreamWaitEvent(at.site, stream.0, event.0, 0)
     }
 
@@ -667,11 +682,14 @@ impl Driver for CudaDriver {
         };
         let mut event = 0;
         self.cuda.cuEventCreate(at.site, &mut event, flags as u32)?;
-        Ok(EventHandle(event))
+        let event = EventHandle(event);
+        self.live.add(event);
+        Ok(event)
     }
 
     fn event_destroy(&self, device: DeviceOrdinal, event: EventHandle) -> Result<()> {
         let at = self.enter(Call::EventDestroy, device)?;
+        self.live.take(at.site, event)?;
         self.cuda.cuEventDestroy_v2(at.site, event.0)
     }
 
@@ -682,11 +700,13 @@ impl Driver for CudaDriver {
         stream: StreamHandle,
     ) -> Result<()> {
         let at = self.enter(Call::EventRecord, device)?;
+        self.live.check(at.site, event)?;
         self.cuda.cuEventRecord(at.site, event.0, stream.0)
     }
 
     fn event_synchronize(&self, device: DeviceOrdinal, event: EventHandle) -> Result<()> {
         let at = self.enter(Call::EventSynchronize, device)?;
+        self.live.check(at.site, event)?;
         self.cuda.cuEventSynchronize(at.site, event.0)
     }
 
@@ -697,6 +717,8 @@ impl Driver for CudaDriver {
         end: EventHandle,
     ) -> Result<f64> {
         let at = self.enter(Call::EventElapsed, device)?;
+        self.live.check(at.site, start)?;
+        self.live.check(at.site, end)?;
         let mut milliseconds = 0.0;
         self.cuda
             .cuEventElapsedTime(at.site, &mut milliseconds, start.0, end.0)?;

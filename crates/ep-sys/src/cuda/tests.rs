@@ -585,3 +585,74 @@ fn without_nvml_there_is_no_fabric() {
         FabricInfo::NONE
     );
 }
+
+#[test]
+fn what_is_not_live_is_refused_before_libcuda_follows_it() {
+    let Some(fake) = Fake::libcuda(&[]) else {
+        return;
+    };
+    let driver = ready(&fake, D0);
+    let refused = |result: Result<()>, call: Call, status: Status| {
+        let error = result.unwrap_err();
+        assert_eq!((error.call(), error.status()), (call, Some(status)));
+    };
+
+    let physical = driver
+        .mem_create(D0, MIB2, HandleKind::Fabric, false)
+        .unwrap();
+    let exported = driver.mem_export(D0, physical, HandleKind::Fabric).unwrap();
+    let imported = driver.mem_import(D0, &exported).unwrap();
+    let again = driver.mem_import(D0, &exported).unwrap();
+    assert_eq!(imported, again, "the fake gives one handle to both");
+    driver.mem_release(D0, imported).unwrap();
+    driver.mem_release(D0, again).unwrap();
+    driver.mem_release(D0, physical).unwrap();
+    let stream = driver.stream_create(D0).unwrap();
+    driver.stream_destroy(D0, stream).unwrap();
+    let event = driver.event_create(D0, true).unwrap();
+    driver.event_destroy(D0, event).unwrap();
+    fake.journal();
+
+    let (value, handle) = (Status::INVALID_VALUE, Status::INVALID_HANDLE);
+    refused(driver.mem_release(D0, imported), Call::MemRelease, value);
+    refused(driver.mem_release(D0, physical), Call::MemRelease, value);
+    refused(
+        driver.mem_map(D0, DevicePtr(0x7000), MIB2, physical),
+        Call::MemMap,
+        value,
+    );
+    let export = driver.mem_export(D0, physical, HandleKind::PosixFd);
+    refused(export.map(drop), Call::MemExport, value);
+    refused(
+        driver.stream_destroy(D0, stream),
+        Call::StreamDestroy,
+        handle,
+    );
+    refused(
+        driver.stream_destroy(D0, StreamHandle(0)),
+        Call::StreamDestroy,
+        handle,
+    );
+    refused(driver.event_destroy(D0, event), Call::EventDestroy, handle);
+    refused(
+        driver.event_record(D0, event, StreamHandle(0)),
+        Call::EventRecord,
+        handle,
+    );
+    refused(
+        driver.event_synchronize(D0, event),
+        Call::EventSynchronize,
+        handle,
+    );
+    refused(
+        driver.event_elapsed_us(D0, event, event).map(drop),
+        Call::EventElapsed,
+        handle,
+    );
+    refused(
+        driver.stream_wait_event(D0, StreamHandle(0), event),
+        Call::StreamWaitEvent,
+        handle,
+    );
+    assert!(calls(&fake).is_empty());
+}
