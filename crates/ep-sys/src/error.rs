@@ -159,7 +159,7 @@ fn hint(call: Call, status: Status) -> &'static str {
         }
         (_, Status::NO_DEVICE | Status::INVALID_DEVICE) => "check CUDA_VISIBLE_DEVICES",
         (Call::MemImport, _) => {
-            "check that both hosts are in one NVLink domain and that nvidia-imex runs on both"
+            "check that the exporter lives and, for a fabric handle, that both hosts are in one NVLink domain and run nvidia-imex"
         }
         (Call::IpcOpen, _) => {
             "check that both processes share the IPC and PID namespaces, or use EP_ALLOC=posix-fd"
