@@ -18,6 +18,7 @@ mod bindings;
 mod cuda;
 mod host;
 mod layout;
+mod numerics;
 
 use std::fmt;
 
@@ -36,7 +37,9 @@ pub mod ffi {
 #[non_exhaustive]
 pub enum LaunchError {
     /// The CUDA runtime refused the launch.
-    #[error("{kernel} was not launched: CUDA runtime error {error}; check that the stream belongs to the device and that the kernels were compiled for it")]
+    #[error(
+        "{kernel} was not launched: CUDA runtime error {error}; check that the stream belongs to the device and that the kernels were compiled for it"
+    )]
     Cuda {
         /// The kernel.
         kernel: Kernel,
@@ -86,6 +89,10 @@ impl fmt::Display for Kernel {
 }
 
 /// An implementation of the contract.
+#[allow(
+    unsafe_code,
+    reason = "the methods take addresses; this only declares them"
+)]
 pub trait Kernels: fmt::Debug + Send + Sync {
     /// `"cuda"` or `"host"`.
     fn name(&self) -> &'static str;
@@ -97,7 +104,8 @@ pub trait Kernels: fmt::Debug + Send + Sync {
     /// `args.group.device`, until the stream has passed the launch; the symmetric buffers behind the
     /// peer table must have the layout `args.layout`, and all ranks must make the same sequence of
     /// calls.
-    unsafe fn dispatch(&self, args: &ffi::ep_dispatch_args, stream: u64) -> Result<(), LaunchError>;
+    unsafe fn dispatch(&self, args: &ffi::ep_dispatch_args, stream: u64)
+    -> Result<(), LaunchError>;
 
     /// Enqueues a combine on `stream`.
     ///
