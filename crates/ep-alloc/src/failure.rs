@@ -47,7 +47,7 @@ impl Failure {
     /// Whether this is how the driver refuses fabric memory to a process without an IMEX channel.
     pub fn asks_for_imex(self, kind: BackendKind) -> bool {
         kind == BackendKind::Fabric
-            && self.call == Call::MemCreate
+            && matches!(self.call, Call::MemCreate | Call::MemImport)
             && self.cause == Cause::Status(Status::NOT_PERMITTED)
     }
 
@@ -55,14 +55,13 @@ impl Failure {
     /// IMEX channel.
     pub fn meaning(self, kind: BackendKind, no_imex: bool) -> Option<&'static str> {
         use BackendKind::{Fabric, Malloc};
-        if self.asks_for_imex(kind) {
-            return Some(if no_imex {
-                "no IMEX channel is visible to the process"
-            } else {
-                "an IMEX channel is visible, but the process may not use it"
-            });
+        if no_imex && self.asks_for_imex(kind) {
+            return Some("no IMEX channel is visible to the process");
         }
         match (kind, self.call, self.cause) {
+            (Fabric, Call::MemCreate, Cause::Status(Status::NOT_PERMITTED)) => {
+                Some("an IMEX channel is visible, but the process may not use it")
+            }
             (_, Call::MemCreate, Cause::Status(Status::NOT_SUPPORTED)) => {
                 Some("the GPU or its driver has no such handles")
             }
@@ -89,16 +88,15 @@ impl Failure {
     /// What an operator should check next. `no_imex`: the process sees no IMEX channel.
     pub fn check(self, kind: BackendKind, no_imex: bool) -> &'static str {
         use BackendKind::{Fabric, Malloc, PosixFd};
-        if self.asks_for_imex(kind) {
-            return if no_imex {
-                "check that /dev/nvidia-caps-imex-channels/channel0 exists and is passed to the \
-                 container, and that nvidia-imex runs"
-            } else {
-                "check the permissions of /dev/nvidia-caps-imex-channels/channel* and that \
-                 nvidia-imex runs"
-            };
+        if no_imex && self.asks_for_imex(kind) {
+            return "check that /dev/nvidia-caps-imex-channels/channel0 exists and is passed to the \
+                    container, and that nvidia-imex runs";
         }
         match (kind, self.call, self.cause) {
+            (Fabric, Call::MemCreate, Cause::Status(Status::NOT_PERMITTED)) => {
+                "check the permissions of /dev/nvidia-caps-imex-channels/channel* and that \
+                 nvidia-imex runs"
+            }
             (_, _, Cause::Status(Status::OUT_OF_MEMORY)) => {
                 "free device memory, or lower the buffer's limits"
             }

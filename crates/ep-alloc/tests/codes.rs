@@ -141,7 +141,7 @@ fn choice_of_the_environment() {
     use BackendKind::{Fabric, Malloc, PosixFd};
     let auto = Ok(Choice::Auto);
     let force = |kind| Ok(Choice::Force(kind));
-    let rows: &[(Option<&str>, Option<&str>, Result<Choice, &str>)] = &[
+    let rows: [(_, _, Result<_, &str>); 19] = [
         (None, None, auto),
         (Some(""), None, auto),
         (Some("auto"), None, auto),
@@ -165,7 +165,7 @@ fn choice_of_the_environment() {
         (Some(" malloc"), None, Err(" malloc")),
         (Some("ipc"), Some("1"), Err("ipc")),
     ];
-    for &(ep_alloc, mc_use_nvlink_ipc, want) in rows {
+    for (ep_alloc, mc_use_nvlink_ipc, want) in rows {
         let got = Choice::from_values(ep_alloc, mc_use_nvlink_ipc);
         let row = (ep_alloc, mc_use_nvlink_ipc);
         assert_eq!(

@@ -147,6 +147,13 @@ fn rows() -> Vec<Row> {
          999 CUDA_ERROR_UNKNOWN (the IMEX domain does not let the handle in)",
     );
     row(
+        "import of one's own handle not permitted",
+        hgx(&[2]).fabric(refused(Call::MemImport, 800)),
+        Some(Malloc),
+        "malloc: one node; fabric refused on ranks 0-1: cuMemImportFromShareableHandle returned \
+         800 CUDA_ERROR_NOT_PERMITTED (no IMEX channel is visible to the process)",
+    );
+    row(
         "map refused",
         hgx(&[2]).fabric(refused(Call::MemMap, 205)),
         Some(Malloc),
