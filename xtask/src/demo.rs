@@ -1,0 +1,57 @@
+//! `demo`: the main job, on the GPUs where there are some and on the simulated cluster elsewhere.
+
+use xshell::{Cmd, cmd};
+
+use crate::repo::{Repo, Result};
+
+pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
+    Ok(command(repo, args)?.run()?)
+}
+
+/// The demo's standard output.
+pub(crate) fn read(repo: &Repo, args: &[String]) -> Result<String> {
+    Ok(command(repo, args)?.read()?)
+}
+
+fn command<'a>(repo: &'a Repo, args: &[String]) -> Result<Cmd<'a>> {
+    let features = features(repo, args)?;
+    let build = cmd!(repo.sh, "cargo run --release --package ep-cli --bin ep");
+    Ok(build.args(features).args(["--", "run"]).args(args))
+}
+
+/// Who names the backend has said what to build.
+fn features(repo: &Repo, args: &[String]) -> Result<&'static [&'static str]> {
+    match backend(args) {
+        Some("sim") => Ok(&[]),
+        Some("cuda") => {
+            repo.toolkit()?;
+            Ok(&["--features", "cuda"])
+        }
+        _ => repo.features(),
+    }
+}
+
+fn backend(args: &[String]) -> Option<&str> {
+    let at = args.iter().position(|arg| arg.starts_with("--backend"))?;
+    match args[at].split_once('=') {
+        Some((_, value)) => Some(value),
+        None => args.get(at + 1).map(String::as_str),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::backend;
+
+    #[test]
+    fn backend_is_read_in_both_spellings() {
+        let args = |line: &str| line.split(' ').map(String::from).collect::<Vec<_>>();
+        assert_eq!(
+            backend(&args("--ranks 2 --backend sim --json")),
+            Some("sim")
+        );
+        assert_eq!(backend(&args("--backend=cuda")), Some("cuda"));
+        assert_eq!(backend(&args("--json --backend")), None);
+        assert_eq!(backend(&args("--json")), None);
+    }
+}

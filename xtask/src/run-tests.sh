@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Runs every test binary of the bundle, then the demo, on this host's GPUs. Logs go to logs/.
+# A test that finds no GPU fails instead of being skipped, unless EP_GPU is set to something else.
+# Usage: run-tests.sh [NAME...]   only the binaries whose names contain one of these
+set -uo pipefail
+cd "$(dirname "$0")"
+
+export EP_GPU="${EP_GPU-require}"
+# Tests that start `ep` find it through the variable that cargo sets for them.
+export CARGO_BIN_EXE_ep="$PWD/bin/ep"
+limit="${EP_TEST_TIMEOUT:-540}" # seconds for one binary
+passed=0
+failed=0
+failures=()
+mkdir -p logs
+
+wanted() {
+  [ $# -eq 1 ] && return 0
+  local name="$1" part
+  shift
+  for part in "$@"; do
+    [[ "$name" == *"$part"* ]] && return 0
+  done
+  return 1
+}
+
+fail() {
+  failures+=("$1")
+  echo "FAILED $1: logs/$1.log ends with"
+  tail -n 20 "logs/$1.log" | sed 's/^/    /'
+}
+
+for binary in tests/*; do
+  name="$(basename "$binary")"
+  wanted "$name" "$@" || continue
+  # One at a time: tests that share GPUs disturb each other's bounded waits.
+  timeout --kill-after=10 "$limit" "$binary" --test-threads=1 >"logs/$name.log" 2>&1
+  status=$?
+  read -r ok bad < <(awk '/^test result:/ { ok += $4; bad += $6 } END { print ok + 0, bad + 0 }' \
+    "logs/$name.log")
+  # A binary that died did not count the test it died in.
+  [ $status -ne 0 ] && [ "$bad" -eq 0 ] && bad=1
+  passed=$((passed + ok))
+  failed=$((failed + bad))
+  if [ "$bad" -eq 0 ]; then
+    echo "ok     $name ($ok)"
+  else
+    fail "$name"
+  fi
+done
+
+gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')"
+for dtype in bf16 fp8; do
+  name="demo-$dtype"
+  wanted "$name" "$@" || continue
+  timeout --kill-after=10 "$limit" bin/ep run --ranks "$((gpus > 0 ? gpus : 4))" --dtype "$dtype" \
+    --json >"logs/$name.log" 2>&1
+  if [ $? -eq 0 ]; then
+    passed=$((passed + 1))
+    echo "ok     $name: $(tail -n 1 "logs/$name.log")"
+  else
+    failed=$((failed + 1))
+    fail "$name"
+  fi
+done
+
+[ ${#failures[@]} -gt 0 ] && printf 'failed: %s\n' "${failures[*]}"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
