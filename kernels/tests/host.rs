@@ -3,11 +3,12 @@
 mod common;
 mod harness;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Case, Links, Odd, Oracle, Precision, Routing, Weights};
-use ep_kernels::ffi;
+use ep_kernels::{Kernel, LaunchError, ffi};
 use harness::{Memory, POISON, Tensors, World, bad_entries};
 use proptest::prelude::*;
 
@@ -273,10 +274,641 @@ fn runs() -> impl Strategy<Value = Run> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(128)
+    })]
 
     #[test]
     fn any_shape_gives_what_the_oracle_says(run in runs()) {
         run.check().map_err(TestCaseError::fail)?;
+    }
+}
+
+/// A case in which every rank sends to every rank.
+fn plain() -> Case {
+    Case {
+        ranks: 3,
+        experts: 6,
+        hidden: 256,
+        top_k: 4,
+        max_tokens: 9,
+        tokens: vec![9, 5, 7],
+        routing: Routing::Uniform,
+        weights: Weights::AtDispatch,
+        precision: Precision::Bf16,
+        odd: Odd::default(),
+        specials: false,
+        seed: 11,
+    }
+}
+
+fn fused(case: Case) -> Run {
+    Run {
+        case,
+        operations: 2,
+        order: Order::Fused,
+    }
+}
+
+#[test]
+fn shapes_of_real_models() {
+    for (hidden, experts, top_k, precision) in [
+        (7168, 256, 8, Precision::Fp8),
+        (3584, 64, 16, Precision::Bf16),
+        (5120, 32, 6, Precision::Fp8Ue8m0),
+    ] {
+        let case = Case {
+            ranks: 4,
+            experts,
+            hidden,
+            top_k,
+            max_tokens: 4,
+            tokens: vec![4, 1, 0, 3],
+            precision,
+            ..plain()
+        };
+        fused(case).check().unwrap();
+    }
+}
+
+#[test]
+fn limits_of_the_wire_format() {
+    let experts = (ffi::EP_MAX_LOCAL_EXPERTS, ffi::EP_MAX_TOP_K);
+    let case = Case {
+        ranks: 2,
+        experts: 2 * experts.0 as usize,
+        hidden: 128,
+        top_k: experts.1 as usize,
+        max_tokens: 2,
+        tokens: vec![2, 1],
+        weights: Weights::AtCombine,
+        ..plain()
+    };
+    fused(case).check().unwrap();
+}
+
+#[test]
+fn one_rank_without_peers() {
+    let case = Case {
+        ranks: 1,
+        experts: 4,
+        tokens: vec![9],
+        ..plain()
+    };
+    fused(case).check().unwrap();
+}
+
+#[test]
+fn epochs_pass_32_bits() {
+    let case = plain();
+    let world = World::new(&case, 2, 1, Duration::from_secs(60));
+    // As if so many operations had been run.
+    let counts = world.layout.counts..world.layout.weights;
+    for rank in &world.ranks {
+        for packet in counts.clone().step_by(8) {
+            rank.symmetric.set_word(packet, 0xffff_fff0 << 32);
+        }
+        let counters = (4 * case.ranks as u64).next_multiple_of(8);
+        for counter in 0..5 {
+            rank.control.set_word(counters + 8 * counter, 0xffff_fffd);
+        }
+    }
+    check(&world, 5, Order::Split, &Links::all(case.ranks)).unwrap();
+    assert!((0..case.ranks).all(|rank| world.faults(rank).is_empty()));
+}
+
+#[test]
+fn ring_keeps_the_newest_records() {
+    let odd = Odd {
+        missing: true,
+        out_of_range: true,
+        repeated: true,
+    };
+    let case = Case {
+        top_k: 16,
+        max_tokens: 64,
+        tokens: vec![64, 3, 0],
+        odd,
+        ..plain()
+    };
+    let world = fused(case).check().unwrap();
+    let faults = world.faults(0);
+    assert_eq!(faults.len(), ffi::EP_FAULT_RING as usize);
+    assert!(faults[0].sequence > 1);
+}
+
+/// Faults of an operation that are not bad entries: what, of which part, and about whom.
+fn given_up(world: &World, rank: usize) -> Vec<(u32, u32, u32, u32, u64)> {
+    let faults = world.waits_given_up(rank).into_iter();
+    faults
+        .map(|f| (f.fault, f.op, f.phase, f.peer, f.epoch))
+        .collect()
+}
+
+#[test]
+fn a_silent_rank_is_given_up_in_time_and_can_be_masked() {
+    const SILENT: usize = 2;
+    const OPERATIONS: usize = 2;
+    for weights in [Weights::AtDispatch, Weights::AtCombine] {
+        let case = Case { weights, ..plain() };
+        let timeout = Duration::from_secs(1);
+        let world = World::new(&case, 2, 1, timeout);
+        let links = Links::all(case.ranks).without(SILENT);
+
+        let start = Instant::now();
+        check(&world, OPERATIONS, Order::Fused, &links).unwrap();
+        // A dispatch and a combine each, which are late by what the checks take.
+        assert!(start.elapsed() < 2 * OPERATIONS as u32 * timeout + 10 * timeout);
+        for rank in [0, 1] {
+            let mut expected = Vec::new();
+            for (n, epoch) in (0..OPERATIONS).zip(1..) {
+                let inputs = case.inputs(n);
+                assert!(
+                    Oracle::new(&case, n, &inputs, links.clone())
+                        .owners(rank)
+                        .contains(&SILENT)
+                );
+                for (op, phase) in [
+                    (ffi::EP_OP_DISPATCH, ffi::EP_PHASE_COUNTS),
+                    (ffi::EP_OP_COMBINE, ffi::EP_PHASE_PARTIALS),
+                ] {
+                    expected.push((ffi::EP_FAULT_TIMEOUT, op, phase, SILENT as u32, epoch));
+                }
+            }
+            assert_eq!(given_up(&world, rank), expected);
+            let waited = |fault: &harness::Fault| Duration::from_nanos(fault.value as u64);
+            assert!(
+                world
+                    .faults(rank)
+                    .iter()
+                    .all(|fault| waited(fault) >= timeout)
+            );
+        }
+
+        world.clear_faults();
+        for rank in [0, 1] {
+            world.set_active(rank, SILENT, false);
+        }
+        // Nobody waits for a masked rank, and nothing is sent to it.
+        let before = world.ranks[SILENT].symmetric.values(u64::from_le_bytes);
+        check(&world, OPERATIONS, Order::Split, &links).unwrap();
+        assert_eq!((given_up(&world, 0), given_up(&world, 1)), (vec![], vec![]));
+        assert!(world.ranks[SILENT].symmetric.values(u64::from_le_bytes) == before);
+    }
+}
+
+#[test]
+fn a_null_entry_is_reported_once_and_not_followed() {
+    for weights in [Weights::AtDispatch, Weights::AtCombine] {
+        let case = Case { weights, ..plain() };
+        let world = World::new(&case, 2, 1, Duration::from_secs(60));
+        world.cut(0, 2);
+        let links = Links::all(case.ranks).cut(0, 2);
+        check(&world, 2, Order::Split, &links).unwrap();
+        let unreachable = |peer| {
+            let one = |epoch| {
+                (
+                    ffi::EP_FAULT_UNREACHABLE,
+                    ffi::EP_OP_DISPATCH,
+                    ffi::EP_PHASE_SEND,
+                    peer,
+                    epoch,
+                )
+            };
+            vec![one(1), one(2)]
+        };
+        assert_eq!(given_up(&world, 0), unreachable(2));
+        assert_eq!(given_up(&world, 1), vec![]);
+        assert_eq!(given_up(&world, 2), unreachable(0));
+    }
+}
+
+#[test]
+fn a_peer_lost_between_dispatch_and_combine_contributes_nothing() {
+    let case = plain();
+    let world = World::new(&case, 1, 1, Duration::from_secs(60));
+    let inputs = case.inputs(0);
+    let connected = Oracle::new(&case, 0, &inputs, Links::all(case.ranks));
+    let cut = Oracle::new(&case, 0, &inputs, Links::all(case.ranks).cut(0, 2));
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    let each = |run: &(dyn Fn(usize) + Sync)| {
+        thread::scope(|scope| {
+            for rank in 0..case.ranks {
+                scope.spawn(move || run(rank));
+            }
+        });
+    };
+    each(&|rank| {
+        let args = world.dispatch_args(rank, 0, &tensors[rank], DISPATCH);
+        harness::dispatch(&args).unwrap();
+    });
+    world.cut(0, 2);
+    each(&|rank| {
+        let y = Memory::of(&connected.expert_outputs(rank), u16::to_le_bytes);
+        let out = Memory::poisoned(2 * inputs[rank].tokens * case.hidden);
+        let args = world.combine_args(rank, 0, &tensors[rank], &y, &out, COMBINE);
+        harness::combine(&args).unwrap();
+        cut.check_combine(rank, &out.values(u16::from_le_bytes))
+            .unwrap();
+    });
+    for (rank, peer) in [(0, 2), (2, 0)] {
+        let one = |phase| {
+            (
+                ffi::EP_FAULT_UNREACHABLE,
+                ffi::EP_OP_COMBINE,
+                phase,
+                peer,
+                1,
+            )
+        };
+        let expected = vec![one(ffi::EP_PHASE_SEND), one(ffi::EP_PHASE_PARTIALS)];
+        assert_eq!(given_up(&world, rank), expected);
+    }
+}
+
+#[test]
+fn rows_that_never_come_have_no_entries() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let timeout = Duration::from_millis(200);
+    let world = World::new(&case, 1, 1, timeout);
+    let inputs = case.inputs(0);
+    // Rank 1 sends, and then its second row is unwritten, as if it had died in between.
+    let tensors = Tensors::new(&inputs[1]);
+    harness::dispatch(&world.dispatch_args(1, 0, &tensors, ffi::EP_DISPATCH_SEND)).unwrap();
+    let lost = world.row(1, 1, 1);
+    assert_eq!(world.ranks[0].symmetric.word(lost), 1);
+    world.ranks[0].symmetric.set_word(lost, 0);
+
+    let tensors = Tensors::new(&inputs[0]);
+    harness::dispatch(&world.dispatch_args(0, 0, &tensors, DISPATCH)).unwrap();
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_DISPATCH,
+        ffi::EP_PHASE_ROWS,
+        1,
+        1,
+    );
+    assert_eq!(given_up(&world, 0), vec![record]);
+    let map = world.ranks[0].handles[0][1].values(u64::from_le_bytes);
+    let entries = |slot: usize| map[(case.max_tokens + slot) * (case.top_k + 2)] >> 32;
+    assert_eq!(entries(1), 0);
+    assert!(entries(0) > 0 && entries(2) > 0);
+    assert!(world.intact());
+}
+
+#[test]
+fn a_rank_that_was_given_up_does_not_wait_in_vain() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let mut world = World::new(&case, 1, 1, Duration::from_millis(20));
+    let inputs: Vec<_> = (0..3).map(|n| case.inputs(n)).collect();
+    let dispatch = |world: &World, rank: usize, n: usize| {
+        world.ranks[rank].outputs[0].poison();
+        let tensors = Tensors::new(&inputs[n][rank]);
+        harness::dispatch(&world.dispatch_args(rank, 0, &tensors, DISPATCH)).unwrap();
+    };
+    (0..3).for_each(|n| dispatch(&world, 0, n));
+    assert_eq!(given_up(&world, 0).len(), 3);
+
+    // The first dispatch's buffers are overwritten by the third; the others are still there.
+    world.timeout = Duration::from_secs(600);
+    let start = Instant::now();
+    (0..3).for_each(|n| dispatch(&world, 1, n));
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_DISPATCH,
+        ffi::EP_PHASE_COUNTS,
+        0,
+        1,
+    );
+    assert_eq!(given_up(&world, 1), vec![record]);
+    let last = Oracle::new(&case, 2, &inputs[2], Links::all(2));
+    world
+        .with_output(1, 0, |output| last.check_dispatch(1, output, POISON))
+        .unwrap();
+}
+
+#[test]
+fn wrong_content_of_a_peer_does_no_harm() {
+    // All tokens go to experts of rank 0, which is alone; rank 1 is what the test writes.
+    let case = Case {
+        ranks: 2,
+        routing: Routing::One,
+        tokens: vec![9, 9],
+        top_k: 3,
+        weights: Weights::AtCombine,
+        seed: 20,
+        ..plain()
+    };
+    let inputs = case.inputs(0);
+    let oracle = Oracle::new(&case, 0, &inputs, Links::all(2).cut(0, 1));
+    let tensors = Tensors::new(&inputs[0]);
+    for seed in 0..60 {
+        let rng = &mut common::Rng::new(&[seed]);
+        let world = World::new(&case, 1, 1, Duration::from_millis(5));
+        let buffer = &world.ranks[0].symmetric;
+        let layout = world.layout;
+        for at in (0..layout.bytes).step_by(8) {
+            let of_rank_1 = rng.next();
+            buffer.set_word(at, of_rank_1);
+        }
+        let mut wild = |small: u64| match rng.below(3) {
+            0 => rng.below(small),
+            1 => u64::from(u32::MAX) - rng.below(small),
+            _ => rng.next() & 0xffff_ffff,
+        };
+        let counts = layout.counts + layout.counts_ring_stride + layout.counts_source_stride;
+        for packet in 0..=case.local_experts() as u64 {
+            buffer.set_word(counts + 8 * packet, 1 << 32 | wild(12));
+        }
+        for slot in 0..case.max_tokens as u64 {
+            let row = world.row(1, 1, slot as usize);
+            buffer.set_word(row, 1);
+            buffer.set_word(row + 8, wild(10) | wild(5) << 32);
+            for entry in 0..case.top_k as u64 {
+                let place = wild(4) & 0x7ff | wild(12) << 16;
+                buffer.set_word(row + 16 + 8 * entry, place & 0xffff_ffff | wild(4) << 32);
+            }
+            let weights = layout.weights + layout.weights_source_stride;
+            buffer.set_word(weights + slot * layout.weight_stride, 1);
+        }
+
+        harness::dispatch(&world.dispatch_args(0, 0, &tensors, DISPATCH)).unwrap();
+        let y = Memory::of(&oracle.expert_outputs(0), u16::to_le_bytes);
+        let out = Memory::poisoned(2 * inputs[0].tokens * case.hidden);
+        let args = world.combine_args(0, 0, &tensors, &y, &out, COMBINE);
+        harness::combine(&args).unwrap();
+        assert!(world.intact() && out.intact());
+
+        // Its own rows stand first, and are not touched.
+        oracle
+            .check_combine(0, &out.values(u16::from_le_bytes))
+            .unwrap();
+        world.with_output(0, 0, |output| {
+            for local in 0..case.local_experts() {
+                assert!(output.recv_count[local] as usize <= case.rows_per_expert());
+                for (row, from) in oracle.rows[local].iter().enumerate() {
+                    let index = local * case.rows_per_expert() + row;
+                    let x = &inputs[0].x[from.token * case.hidden..][..case.hidden];
+                    let row = &output.recv_x[index * 2 * case.hidden..][..2 * case.hidden];
+                    assert_eq!(row, common::Encoded::new(case.precision, x).bytes);
+                    assert_eq!(output.src_info[index] as usize, from.token);
+                }
+            }
+        });
+        let map = world.ranks[0].handles[0][1].values(u64::from_le_bytes);
+        let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+        assert!(rows[1] as usize <= case.max_tokens);
+        for slot in 0..rows[1] as usize {
+            let row = &map[(case.max_tokens + slot) * (case.top_k + 2)..][..case.top_k + 2];
+            let entries = (row[0] >> 32) as usize;
+            assert!(entries <= case.top_k + 1);
+            let limit = (case.local_experts() * case.rows_per_expert()) as u32;
+            assert!(row[1..=entries].iter().all(|&entry| (entry as u32) < limit));
+        }
+    }
+}
+
+/// Changes that make arguments unacceptable, by what is wrong with them.
+type Changes<T> = Vec<(&'static str, fn(&mut T))>;
+
+#[test]
+fn bad_dispatch_arguments_are_refused() {
+    let case = Case {
+        precision: Precision::Fp8Pow2,
+        ..plain()
+    };
+    let world = World::new(&case, 2, 1, Duration::from_secs(60));
+    let tensors = Tensors::new(&case.inputs(0)[1]);
+    let good = world.dispatch_args(1, 0, &tensors, DISPATCH);
+    let changes: Changes<ffi::ep_dispatch_args> = vec![
+        ("older struct", |a| a.struct_size -= 8),
+        ("no part", |a| a.flags &= !DISPATCH),
+        ("unknown flag", |a| a.flags |= 1 << 30),
+        ("powers of two without FP8", |a| {
+            a.flags &= !ffi::EP_DISPATCH_FP8
+        }),
+        ("exponents without powers of two", |a| {
+            a.flags = a.flags & !ffi::EP_DISPATCH_POW2 | ffi::EP_DISPATCH_UE8M0;
+        }),
+        ("no peer table", |a| a.group.peer_table = 0),
+        ("no control block", |a| a.group.control = 0),
+        ("no fault ring", |a| a.group.faults = 0),
+        ("no deadline", |a| a.group.timeout_ns = 0),
+        ("rank beyond the group", |a| a.group.rank = 3),
+        ("no ranks", |a| a.group.num_ranks = 0),
+        ("experts not a multiple", |a| a.group.num_experts = 7),
+        ("too many experts", |a| a.group.num_experts = 3 * 4096),
+        ("no room for tokens", |a| a.group.max_tokens = 0),
+        ("hidden not a multiple", |a| a.group.hidden = 200),
+        ("no hidden", |a| a.group.hidden = 0),
+        ("top-k over the limit", |a| a.group.max_top_k = 33),
+        ("another layout", |a| a.layout.row_stride += 128),
+        ("no ring", |a| a.layout.ring = 0),
+        ("slot beyond the slots", |a| a.handle.slot = 2),
+        ("more tokens than the buffer holds", |a| {
+            a.handle.num_tokens = 10
+        }),
+        ("no top-k", |a| a.handle.top_k = 0),
+        ("more top-k than the buffer holds", |a| a.handle.top_k = 6),
+        ("no route", |a| a.handle.route = 0),
+        ("no map", |a| a.handle.recv_map = 0),
+        ("no rows", |a| a.handle.recv_rows = 0),
+        ("no x", |a| a.x = 0),
+        ("odd x", |a| a.x += 1),
+        ("no experts", |a| a.topk_idx = 0),
+        ("no weights", |a| a.topk_weights = 0),
+        ("no output", |a| a.recv_x = 0),
+        ("no scales", |a| a.recv_scales = 0),
+        ("no counts", |a| a.recv_count = 0),
+        ("no source info", |a| a.src_info = 0),
+        ("no ranges", |a| a.layout_range = 0),
+    ];
+    let before = world.ranks[1].control.values(u64::from_le_bytes);
+    for (what, change) in changes {
+        let mut args = good;
+        change(&mut args);
+        let refused = LaunchError::BadArgs {
+            kernel: Kernel::Dispatch,
+        };
+        assert_eq!(harness::dispatch(&args), Err(refused), "{what}");
+    }
+    // Nothing happened, and the buffer is as good as new.
+    assert!(world.ranks[1].control.values(u64::from_le_bytes) == before);
+    check(&world, 2, Order::Fused, &Links::all(case.ranks)).unwrap();
+}
+
+#[test]
+fn bad_combine_and_barrier_arguments_are_refused() {
+    let case = Case {
+        weights: Weights::AtCombine,
+        ..plain()
+    };
+    let world = World::new(&case, 2, 1, Duration::from_secs(60));
+    let tensors = Tensors::new(&case.inputs(0)[1]);
+    let (y, out) = (Memory::new(8), Memory::new(8));
+    let good = world.combine_args(1, 0, &tensors, &y, &out, COMBINE);
+    let changes: Changes<ffi::ep_combine_args> = vec![
+        ("older struct", |a| a.struct_size -= 8),
+        ("no part", |a| a.flags &= !COMBINE),
+        ("unknown flag", |a| a.flags |= 2),
+        ("no deadline", |a| a.group.timeout_ns = 0),
+        ("hidden not a multiple", |a| a.group.hidden = 200),
+        ("another layout", |a| a.layout.partials += 128),
+        ("slot beyond the slots", |a| a.handle.slot = 2),
+        ("more tokens than the buffer holds", |a| {
+            a.handle.num_tokens = 10
+        }),
+        ("no top-k", |a| a.handle.top_k = 0),
+        ("no route", |a| a.handle.route = 0),
+        ("no expert outputs", |a| a.y = 0),
+        ("no weights", |a| a.topk_weights = 0),
+        ("no output", |a| a.out = 0),
+    ];
+    for (what, change) in changes {
+        let mut args = good;
+        change(&mut args);
+        let refused = LaunchError::BadArgs {
+            kernel: Kernel::Combine,
+        };
+        assert_eq!(harness::combine(&args), Err(refused), "{what}");
+    }
+
+    let good = world.barrier_args(1, 0);
+    let changes: Changes<ffi::ep_barrier_args> = vec![
+        ("older struct", |a| a.struct_size -= 8),
+        ("no deadline", |a| a.group.timeout_ns = 0),
+        ("rank beyond the group", |a| a.group.rank = 3),
+    ];
+    for (what, change) in changes {
+        let mut args = good;
+        change(&mut args);
+        let refused = LaunchError::BadArgs {
+            kernel: Kernel::Barrier,
+        };
+        assert_eq!(harness::barrier(&args), Err(refused), "{what}");
+    }
+    check(&world, 2, Order::Fused, &Links::all(case.ranks)).unwrap();
+}
+
+#[test]
+fn a_rank_without_tokens_needs_no_tensors() {
+    let case = Case {
+        tokens: vec![0, 0, 0],
+        ..plain()
+    };
+    let world = World::new(&case, 1, 1, Duration::from_secs(60));
+    let inputs = case.inputs(0);
+    let oracle = Oracle::new(&case, 0, &inputs, Links::all(case.ranks));
+    thread::scope(|scope| {
+        for rank in 0..case.ranks {
+            let (world, inputs, oracle) = (&world, &inputs, &oracle);
+            scope.spawn(move || {
+                let tensors = Tensors::new(&inputs[rank]);
+                let mut args = world.dispatch_args(rank, 0, &tensors, DISPATCH);
+                (args.x, args.topk_idx, args.topk_weights) = (0, 0, 0);
+                harness::dispatch(&args).unwrap();
+                world
+                    .with_output(rank, 0, |output| {
+                        oracle.check_dispatch(rank, output, POISON)
+                    })
+                    .unwrap();
+                let y = Memory::of(&oracle.expert_outputs(rank), u16::to_le_bytes);
+                let mut args = world.combine_args(rank, 0, &tensors, &y, &y, COMBINE);
+                args.out = 0;
+                harness::combine(&args).unwrap();
+            });
+        }
+    });
+}
+
+#[test]
+fn nobody_leaves_a_barrier_before_all_are_there() {
+    const ROUNDS: usize = 100;
+    let case = plain();
+    let world = World::new(&case, 1, 1, Duration::from_secs(60));
+    let entered = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for rank in 0..case.ranks {
+            let (world, entered) = (&world, &entered);
+            scope.spawn(move || {
+                for round in 1..=ROUNDS {
+                    entered.fetch_add(1, Ordering::SeqCst);
+                    let spin_ns = if round % 16 == rank { 200_000 } else { 0 };
+                    harness::barrier(&world.barrier_args(rank, spin_ns)).unwrap();
+                    assert!(entered.load(Ordering::SeqCst) >= round * world.case.ranks);
+                }
+            });
+        }
+    });
+    assert!((0..case.ranks).all(|rank| world.faults(rank).is_empty()));
+}
+
+#[test]
+fn a_barrier_gives_up_who_does_not_come() {
+    let timeout = Duration::from_millis(50);
+    let world = World::new(&plain(), 1, 1, timeout);
+    let start = Instant::now();
+    harness::barrier(&world.barrier_args(1, 0)).unwrap();
+    assert!((timeout..100 * timeout).contains(&start.elapsed()));
+    let record = |peer| {
+        (
+            ffi::EP_FAULT_TIMEOUT,
+            ffi::EP_OP_BARRIER,
+            ffi::EP_PHASE_BARRIER,
+            peer,
+            1,
+        )
+    };
+    assert_eq!(given_up(&world, 1), vec![record(0), record(2)]);
+}
+
+#[test]
+fn the_oracle_notices_one_wrong_bit() {
+    let case = Case {
+        precision: Precision::Fp8,
+        ..plain()
+    };
+    let world = fused(case.clone()).check().unwrap();
+    let inputs = case.inputs(0);
+    let oracle = Oracle::new(&case, 0, &inputs, Links::all(case.ranks));
+    let notices = |memory: &Memory, at: u64| {
+        let before = memory.word(at);
+        memory.set_word(at, before ^ 1 << 33);
+        let found = world.with_output(0, 0, |output| oracle.check_dispatch(0, output, POISON));
+        memory.set_word(at, before);
+        found.is_err()
+    };
+    let outputs = &world.ranks[0].outputs[0];
+    world
+        .with_output(0, 0, |output| oracle.check_dispatch(0, output, POISON))
+        .unwrap();
+    assert!(notices(&outputs.recv_x, 0));
+    // The last row is empty, and must stay so.
+    assert!(notices(&outputs.recv_x, outputs.recv_x.bytes() as u64 - 8));
+    assert!(notices(&outputs.recv_scales, 0));
+    assert!(notices(&outputs.recv_count, 0));
+    assert!(notices(&outputs.src_info, 0));
+    assert!(notices(&outputs.layout_range, 0));
+}
+
+#[test]
+fn the_oracle_rounds_as_half_does() {
+    for high in 0..=u16::MAX {
+        for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+            let value = f32::from_bits(u32::from(high) << 16 | low);
+            let half = half::bf16::from_f32(value).to_bits();
+            let expected = if value.is_nan() { 0x7fff } else { half };
+            assert_eq!(common::bf16_round(value), expected, "{value:e}");
+        }
     }
 }

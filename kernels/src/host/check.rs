@@ -83,7 +83,10 @@ impl Dims {
         };
         let fits = dims.tokens <= dims.max_tokens
             && (1..=dims.max_top_k).contains(&dims.top_k)
-            && handle.slot < layout.slots;
+            && handle.slot < layout.slots
+            && aligned::<u32>(handle.route)
+            && aligned::<u64>(handle.recv_map)
+            && aligned::<u32>(handle.recv_rows);
         fits.then_some(dims)
     }
 
@@ -107,20 +110,16 @@ pub(super) fn dispatch(args: &ffi::ep_dispatch_args) -> Option<Dims> {
     let known = args.flags & !(UE8M0 | PARTS | EP_DISPATCH_WEIGHTS) == 0
         && args.flags & PARTS != 0
         && matches!(args.flags & UE8M0, 0 | FP8 | POW2 | UE8M0);
+    let weights = !has(EP_DISPATCH_WEIGHTS) || dims.per_token::<f32>(args.topk_weights);
     let send = !has(EP_DISPATCH_SEND)
-        || dims.per_token::<u16>(args.x)
-            && dims.per_token::<i64>(args.topk_idx)
-            && (!has(EP_DISPATCH_WEIGHTS) || dims.per_token::<f32>(args.topk_weights))
-            && dims.per_token::<u32>(args.handle.route);
+        || dims.per_token::<u16>(args.x) && dims.per_token::<i64>(args.topk_idx);
     let recv = !has(EP_DISPATCH_RECV)
         || aligned::<u16>(args.recv_x)
             && (!has(FP8) || aligned::<u32>(args.recv_scales))
             && aligned::<i32>(args.recv_count)
             && aligned::<i32>(args.src_info)
-            && aligned::<i64>(args.layout_range)
-            && aligned::<u64>(args.handle.recv_map)
-            && aligned::<u32>(args.handle.recv_rows);
-    (known && send && recv).then_some(dims)
+            && aligned::<i64>(args.layout_range);
+    (known && weights && send && recv).then_some(dims)
 }
 
 /// The shape of a combine that can be run.
@@ -132,16 +131,10 @@ pub(super) fn combine(args: &ffi::ep_combine_args) -> Option<Dims> {
     let dims = Dims::new(&args.group, &args.layout)?.of_handle(&args.handle, &args.layout)?;
     let has = |flag| args.flags & flag != 0;
     let known = args.flags & !(PARTS | EP_COMBINE_WEIGHTS) == 0 && has(PARTS);
-    let send = !has(EP_COMBINE_SEND)
-        || aligned::<u16>(args.y)
-            && aligned::<u64>(args.handle.recv_map)
-            && aligned::<u32>(args.handle.recv_rows)
-            && (!has(EP_COMBINE_WEIGHTS)
-                || dims.per_token::<f32>(args.topk_weights)
-                    && dims.per_token::<u32>(args.handle.route));
-    let recv = !has(EP_COMBINE_RECV)
-        || dims.per_token::<u16>(args.out) && dims.per_token::<u32>(args.handle.route);
-    (known && send && recv).then_some(dims)
+    let weights = !has(EP_COMBINE_WEIGHTS) || dims.per_token::<f32>(args.topk_weights);
+    let send = !has(EP_COMBINE_SEND) || aligned::<u16>(args.y);
+    let recv = !has(EP_COMBINE_RECV) || dims.per_token::<u16>(args.out);
+    (known && weights && send && recv).then_some(dims)
 }
 
 /// The shape of a barrier that can be run.

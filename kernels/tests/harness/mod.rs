@@ -76,6 +76,10 @@ impl Memory {
         self.inner().as_ptr().expose_provenance() as u64
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub(crate) fn word(&self, at: u64) -> u64 {
         self.inner()[at as usize / 8].load(Ordering::Acquire)
     }
@@ -384,6 +388,15 @@ impl World {
             layout: self.layout,
             spin_ns,
         }
+    }
+
+    /// Where a row of a source stands in every buffer in an operation.
+    pub(crate) fn row(&self, epoch: u64, source: usize, slot: usize) -> u64 {
+        let layout = &self.layout;
+        layout.rows
+            + epoch % u64::from(layout.ring) * layout.rows_ring_stride
+            + source as u64 * layout.rows_source_stride
+            + slot as u64 * layout.row_stride
     }
 
     /// What a slot's dispatch gave a rank.
