@@ -13,6 +13,7 @@
 //! addresses as numbers, and every access is checked against the table of what is mapped.
 
 mod cluster;
+pub mod contract;
 mod driver;
 mod fault;
 mod journal;
