@@ -1,0 +1,362 @@
+//! Steps over a star of links: every rank sends its record to rank 0, which sends all to all.
+//!
+//! Rank 0 sees every connection, so it is the one that knows who is at fault. It gives up a little
+//! before the first deadline of those that have arrived and tells everyone the fault; a rank that
+//! hears nothing until its own deadline can only name rank 0.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags};
+
+use super::frame::{self, Header, Kind};
+use super::link::{self, Link};
+use super::{Cause, Exchange, Fault, MAX_RECORD_BYTES, Step, give_up_at};
+use crate::{Error, Result};
+
+/// A connected group.
+#[derive(Debug)]
+pub(super) struct Star {
+    rank: u32,
+    size: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Steps taken.
+    sequence: u64,
+    /// What broke the group. It stays broken.
+    fault: Option<Fault>,
+    side: Side,
+}
+
+#[derive(Debug)]
+enum Side {
+    /// Rank 0, with the links to ranks 1, 2, ….
+    Hub(Vec<Link>),
+    /// Another rank, with its link to rank 0.
+    Leaf(Link),
+}
+
+impl Star {
+    /// Rank 0 of a group, with the links to ranks 1, 2, ….
+    pub(super) fn hub(links: Vec<Link>) -> Self {
+        let size = u32::try_from(links.len())
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
+        Self::new(0, size, Side::Hub(links))
+    }
+
+    /// Another rank of a group.
+    pub(super) fn leaf(rank: u32, size: u32, link: Link) -> Self {
+        Self::new(rank, size, Side::Leaf(link))
+    }
+
+    fn new(rank: u32, size: u32, side: Side) -> Self {
+        Self {
+            rank,
+            size,
+            state: Mutex::new(State {
+                sequence: 0,
+                fault: None,
+                side,
+            }),
+        }
+    }
+}
+
+impl Exchange for Star {
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    fn size(&self) -> u32 {
+        self.size
+    }
+
+    fn all_gather(&self, step: Step, record: &[u8], deadline: Instant) -> Result<Vec<Vec<u8>>> {
+        if record.len() > MAX_RECORD_BYTES {
+            return Err(Error::RecordTooLarge {
+                step,
+                bytes: record.len(),
+            });
+        }
+        let mut state = self
+            .state
+            .try_lock_until(deadline)
+            .ok_or(Error::Busy { step })?;
+        let State {
+            sequence,
+            fault,
+            side,
+        } = &mut *state;
+        if let Some(fault) = fault {
+            return Err(fault.clone().into());
+        }
+        let turn = Turn {
+            rank: self.rank,
+            size: self.size,
+            sequence: *sequence,
+            step,
+            record,
+            deadline,
+        };
+        let outcome = match side {
+            Side::Hub(links) => turn.lead(links),
+            Side::Leaf(link) => turn.follow(link),
+        };
+        *sequence += 1;
+        outcome.map_err(|found| {
+            *fault = Some(found.clone());
+            found.into()
+        })
+    }
+}
+
+/// One rank's part in one step.
+struct Turn<'a> {
+    rank: u32,
+    size: u32,
+    sequence: u64,
+    step: Step,
+    record: &'a [u8],
+    deadline: Instant,
+}
+
+impl Turn<'_> {
+    /// Rank 0's part.
+    fn lead(&self, links: &mut [Link]) -> Result<Vec<Vec<u8>>, Fault> {
+        let started = Instant::now();
+        let mut sent = vec![0; links.len()];
+        let mut frame = Vec::new();
+        let outcome = self.collect(links, started).and_then(|records| {
+            frame = self.frame(Kind::Records, &records.concat());
+            self.scatter(links, &frame, &mut sent, started)?;
+            Ok(records)
+        });
+        if let Err(fault) = &outcome {
+            let abort = frame::abort(self.rank, self.sequence, fault);
+            for (link, &sent) in links.iter_mut().zip(&sent) {
+                link.finish(&abort, sent == 0 || sent == frame.len());
+            }
+        }
+        outcome
+    }
+
+    fn collect(&self, links: &mut [Link], started: Instant) -> Result<Vec<Vec<u8>>, Fault> {
+        let mut due = give_up_at(started, self.deadline);
+        let mut records = vec![None; links.len()];
+        while records.iter().any(Option::is_none) {
+            let ready = self.ready(links.iter(), PollFlags::IN, due)?;
+            for (i, link) in links.iter_mut().enumerate().filter(|(i, _)| ready[*i]) {
+                let rank = rank_of(i);
+                let received = if records[i].is_none() {
+                    link.receive(|header| self.admit_record(rank, header))
+                } else {
+                    // Nothing can follow a record before its answer: this is the connection's end,
+                    // or a rank that does not keep to the protocol.
+                    link.receive(|header| Err(Cause::Step { at: header.step }))
+                };
+                match received {
+                    Ok(Some((header, record))) => {
+                        let now = Instant::now();
+                        due = due.min(match now.checked_add(header.left) {
+                            Some(theirs) => give_up_at(now, theirs),
+                            None => due,
+                        });
+                        records[i] = Some(record);
+                    }
+                    Ok(None) => {}
+                    Err(cause) => return Err(self.fault(rank, cause)),
+                }
+            }
+            if Instant::now() >= due && records.iter().any(Option::is_none) {
+                return Err(self.missing(links, |i| records[i].is_none(), started));
+            }
+        }
+        let own = std::iter::once(self.record.to_vec());
+        Ok(own.chain(records.into_iter().flatten()).collect())
+    }
+
+    fn scatter(
+        &self,
+        links: &mut [Link],
+        frame: &[u8],
+        sent: &mut [usize],
+        started: Instant,
+    ) -> Result<(), Fault> {
+        loop {
+            for (i, link) in links.iter_mut().enumerate() {
+                link.send(frame, &mut sent[i])
+                    .map_err(|cause| self.fault(rank_of(i), cause))?;
+            }
+            let behind = |i: usize| sent[i] < frame.len();
+            if !(0..links.len()).any(behind) {
+                return Ok(());
+            }
+            if Instant::now() >= self.deadline {
+                return Err(self.missing(links, behind, started));
+            }
+            let waited_for = links.iter().enumerate().filter(|(i, _)| behind(*i));
+            self.ready(
+                waited_for.map(|(_, link)| link),
+                PollFlags::OUT,
+                self.deadline,
+            )?;
+        }
+    }
+
+    /// Another rank's part.
+    fn follow(&self, link: &mut Link) -> Result<Vec<Vec<u8>>, Fault> {
+        let outcome = self.ask(link);
+        if outcome.is_err() {
+            link.finish(&[], false);
+        }
+        outcome
+    }
+
+    fn ask(&self, link: &mut Link) -> Result<Vec<Vec<u8>>, Fault> {
+        let started = Instant::now();
+        let frame = self.frame(Kind::Record, self.record);
+        let mut sent = 0;
+        loop {
+            // The group may have given up, on this rank or another, before this step.
+            if let Some(answer) = self.answer(link)? {
+                return Ok(answer);
+            }
+            if let Err(cause) = link.send(&frame, &mut sent) {
+                // What rank 0 said last explains more than the connection's end.
+                return match self.answer(link) {
+                    Err(fault) => Err(fault),
+                    Ok(_) => Err(self.fault(0, cause)),
+                };
+            }
+            if Instant::now() >= self.deadline {
+                return Err(self.missing(std::slice::from_ref(link), |_| true, started));
+            }
+            let flags = if sent < frame.len() {
+                PollFlags::IN | PollFlags::OUT
+            } else {
+                PollFlags::IN
+            };
+            self.ready(std::iter::once(&*link), flags, self.deadline)?;
+        }
+    }
+
+    /// Rank 0's answer, if it has come.
+    fn answer(&self, link: &mut Link) -> Result<Option<Vec<Vec<u8>>>, Fault> {
+        let received = link
+            .receive(|header| self.admit_answer(header))
+            .map_err(|cause| self.fault(0, cause))?;
+        let Some((header, payload)) = received else {
+            return Ok(None);
+        };
+        if header.kind == Kind::Abort {
+            return Err(link::told(&payload, || self.fault(0, Cause::Foreign)));
+        }
+        Ok(Some(if self.record.is_empty() {
+            vec![Vec::new(); self.size as usize]
+        } else {
+            payload
+                .chunks_exact(self.record.len())
+                .map(<[u8]>::to_vec)
+                .collect()
+        }))
+    }
+
+    fn admit_record(&self, rank: u32, header: &Header) -> Result<(), Cause> {
+        if header.kind != Kind::Record || header.rank != rank {
+            return Err(Cause::Foreign);
+        }
+        self.admit_step(header)?;
+        admit_length(header, self.record.len() as u64)
+    }
+
+    fn admit_answer(&self, header: &Header) -> Result<(), Cause> {
+        match header.kind {
+            Kind::Abort if header.length as usize <= Fault::max_bytes(self.size) => Ok(()),
+            Kind::Records if header.rank == 0 => {
+                self.admit_step(header)?;
+                admit_length(header, u64::from(self.size) * self.record.len() as u64)
+            }
+            _ => Err(Cause::Foreign),
+        }
+    }
+
+    fn admit_step(&self, header: &Header) -> Result<(), Cause> {
+        if (header.sequence, header.step) == (self.sequence, self.step) {
+            Ok(())
+        } else {
+            Err(Cause::Step { at: header.step })
+        }
+    }
+
+    fn frame(&self, kind: Kind, payload: &[u8]) -> Vec<u8> {
+        let header = Header {
+            kind,
+            rank: self.rank,
+            sequence: self.sequence,
+            step: self.step,
+            left: self.deadline.saturating_duration_since(Instant::now()),
+            length: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        };
+        [header.encode().as_slice(), payload].concat()
+    }
+
+    /// Waits for the links; says which of them have something to do.
+    fn ready<'l>(
+        &self,
+        links: impl Iterator<Item = &'l Link>,
+        flags: PollFlags,
+        until: Instant,
+    ) -> Result<Vec<bool>, Fault> {
+        let mut fds: Vec<_> = links
+            .map(|link| PollFd::from_borrowed_fd(link.as_fd(), flags))
+            .collect();
+        link::wait(&mut fds, until).map_err(|errno| {
+            let errno = Some(errno.raw_os_error());
+            self.fault(self.rank, Cause::Lost { errno })
+        })?;
+        Ok(fds.iter().map(|fd| !fd.revents().is_empty()).collect())
+    }
+
+    /// The fault of those that are waited for: if they all began a frame, that; else their absence.
+    fn missing(&self, links: &[Link], waited_for: impl Fn(usize) -> bool, since: Instant) -> Fault {
+        let late = || links.iter().enumerate().filter(|(i, _)| waited_for(*i));
+        let absent = Cause::Missing {
+            waited: since.elapsed(),
+        };
+        let mut causes = late().map(|(_, link)| link.truncated());
+        let cause = match (causes.next().flatten(), causes.all(|cause| cause.is_some())) {
+            (Some(truncated), true) => truncated,
+            _ => absent,
+        };
+        Fault {
+            step: self.step,
+            ranks: late()
+                .map(|(i, _)| if self.rank == 0 { rank_of(i) } else { 0 })
+                .collect(),
+            cause,
+        }
+    }
+
+    fn fault(&self, rank: u32, cause: Cause) -> Fault {
+        Fault::new(self.step, rank, cause)
+    }
+}
+
+/// The rank at the other end of rank 0's link `i`.
+fn rank_of(i: usize) -> u32 {
+    u32::try_from(i).unwrap_or(u32::MAX).saturating_add(1)
+}
+
+fn admit_length(header: &Header, expected: u64) -> Result<(), Cause> {
+    let actual = u64::from(header.length);
+    if actual == expected {
+        Ok(())
+    } else {
+        Err(Cause::Size { expected, actual })
+    }
+}
