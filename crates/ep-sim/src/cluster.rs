@@ -48,12 +48,14 @@ pub struct Node {
 /// One simulated GPU.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Gpu {
-    /// What it is sold as.
+    /// What it is sold as. Not in the cluster file, where every GPU is an H200.
     pub product: Product,
     /// Whether the device claims fabric handles.
     pub fabric_attribute: bool,
     /// Whether the device has descriptor handles.
     pub posix_fd_attribute: bool,
+    /// Whether memory for virtual addresses can be registered by a NIC. Not in the cluster file.
+    pub gdr_attribute: bool,
     /// NVML: progress of the registration with the fabric.
     pub fabric_state: FabricState,
     /// NVML: how the registration ended; 0 is success.
@@ -272,6 +274,7 @@ impl Default for Gpu {
             product: Product::H200,
             fabric_attribute: true,
             posix_fd_attribute: true,
+            gdr_attribute: true,
             fabric_state: FabricState::Completed,
             fabric_status: 0,
             cluster_uuid: Bytes16::ZERO,
@@ -295,12 +298,11 @@ impl Product {
 
     /// Device memory in bytes.
     pub fn total_bytes(self) -> u64 {
-        let mebibytes = match self {
-            Self::H100 => 81_559,
-            Self::H200 => 143_771,
-            Self::Gb200 => 189_471,
-        };
-        mebibytes << 20
+        match self {
+            Self::H100 => 81_559 << 20,
+            Self::H200 => 150_109_880_320,
+            Self::Gb200 => 189_471 << 20,
+        }
     }
 
     /// Compute capability, major and minor.

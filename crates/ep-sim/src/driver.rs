@@ -200,7 +200,7 @@ impl Driver for SimDriver {
                 vmm_attribute: true,
                 fabric_attribute: gpu.fabric_attribute,
                 posix_fd_attribute: gpu.posix_fd_attribute,
-                gdr_vmm_attribute: process.node().is_some_and(|node| node.nics > 0),
+                gdr_vmm_attribute: gpu.gdr_attribute,
             })
         })
     }
@@ -328,7 +328,7 @@ impl Driver for SimDriver {
         self.give_up(
             Call::MemFree,
             device,
-            |process| process.free(device, ptr),
+            |process| process.free(ptr),
             |process| process.region_stuck(ptr),
         )
     }
@@ -343,7 +343,8 @@ impl Driver for SimDriver {
         ptr: DevicePtr,
     ) -> Result<[u8; IPC_HANDLE_BYTES]> {
         self.look(Call::IpcGetHandle, device, |process| {
-            process.ipc_handle(device, ptr)
+            process.gpu(device)?;
+            process.ipc_handle(ptr)
         })
     }
 
@@ -442,7 +443,8 @@ impl Driver for SimDriver {
 
     fn stream_synchronize(&self, device: DeviceOrdinal, stream: StreamHandle) -> Result<()> {
         self.look(Call::StreamSynchronize, device, |process| {
-            process.stream(device, stream)
+            process.gpu(device)?;
+            process.known_stream(stream)
         })
     }
 
@@ -453,7 +455,8 @@ impl Driver for SimDriver {
         event: EventHandle,
     ) -> Result<()> {
         self.look(Call::StreamWaitEvent, device, |process| {
-            process.stream(device, stream)?;
+            process.gpu(device)?;
+            process.known_stream(stream)?;
             process.event(event)
         })
     }

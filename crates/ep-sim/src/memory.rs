@@ -294,12 +294,18 @@ impl Space {
         Ok(())
     }
 
-    /// Removes the mappings that together are exactly `[address, address + bytes)`.
+    /// Removes the mappings in `[address, address + bytes)`, which cuts through none.
     pub(crate) fn unmap(&mut self, address: u64, bytes: u64) -> Result<(), SpaceError> {
-        let inside = self.exactly(address, bytes).ok_or(SpaceError::Misplaced)?;
-        // SAFETY: the range consists of whole mappings of this space, which owns it, and `&mut
-        // self` keeps every access through it out; what kernels do with the address afterwards is a
-        // fault of theirs, as on a device.
+        let aligned = address.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && bytes > 0;
+        let whole = self
+            .overlapping(address, bytes)
+            .all(|(start, mapping)| start >= address && start + mapping.bytes <= address + bytes);
+        if !(aligned && self.contains(address, bytes) && whole) {
+            return Err(SpaceError::Misplaced);
+        }
+        // SAFETY: the whole pages [address, address + bytes) lie inside the range that this space
+        // owns, and `&mut self` keeps every access through it out; what kernels do with the address
+        // afterwards is a fault of theirs, as on a device.
         unsafe {
             rustix::mm::mmap_anonymous(
                 ptr::with_exposed_provenance_mut(to_usize(address)?),
@@ -308,9 +314,8 @@ impl Space {
                 MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
             )
         }?;
-        for address in inside {
-            self.mappings.remove(&address);
-        }
+        self.mappings
+            .retain(|start, _| !(address..address + bytes).contains(start));
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +16,7 @@ use ep_sys::{
 
 use crate::cluster::{Cluster, Gpu, IpcNamespace, Node, PeerAccess};
 use crate::live::Live;
-use crate::memory::{Space, SpaceError};
+use crate::memory::{Mapping, Space, SpaceError};
 use crate::share::{Charge, Identity, Locator, Physical, Sharing, pid, unique};
 
 /// The multiple that physical allocations and their addresses keep, whatever the handle.
@@ -97,9 +98,7 @@ struct Region {
 #[derive(Debug, PartialEq)]
 enum Role {
     Reservation,
-    Allocation {
-        device: DeviceOrdinal,
-    },
+    Allocation,
     Ipc {
         device: DeviceOrdinal,
         identity: Identity,
@@ -188,9 +187,6 @@ impl Process {
         device: DeviceOrdinal,
         peer: DeviceOrdinal,
     ) -> Result<()> {
-        if device == peer {
-            return Err(Status::INVALID_DEVICE.into());
-        }
         match self.can_access_peer(device, peer)? {
             true => Ok(()),
             false => Err(Status::PEER_ACCESS_UNSUPPORTED.into()),
@@ -220,7 +216,7 @@ impl Process {
             }
             _ => {}
         }
-        if gdr && self.node().is_none_or(|node| node.nics == 0) {
+        if gdr && !gpu.gdr_attribute {
             return Err(Status::NOT_SUPPORTED.into());
         }
         let memory = self.allocate(device, bytes, kind.into())?;
@@ -257,15 +253,14 @@ impl Process {
         let memory = match handle {
             ShareableHandle::Fabric(handle) => self.import_fabric(device, handle)?,
             ShareableHandle::PosixFd(fd) => {
-                self.gpu(device)?;
-                let memory = Physical::of_descriptor(std::os::fd::AsFd::as_fd(fd))?;
-                let memory = memory.ok_or(Status::INVALID_VALUE)?;
-                let identity = memory.identity();
-                // A descriptor cannot leave its host: one of another node is a forgery.
-                if identity.sharing != Sharing::PosixFd || !self.is_here(identity) {
-                    return Err(Status::INVALID_VALUE.into());
-                }
-                memory
+                self.device(device)?;
+                Physical::of_descriptor(fd.as_fd())?
+                    // A descriptor cannot leave its host: one of another node is a forgery.
+                    .filter(|memory| {
+                        let identity = memory.identity();
+                        identity.sharing == Sharing::PosixFd && self.is_here(identity)
+                    })
+                    .ok_or(Status::UNKNOWN)?
             }
         };
         Ok(self.hold(memory))
@@ -277,14 +272,13 @@ impl Process {
         handle: &[u8; FABRIC_HANDLE_BYTES],
     ) -> Result<Arc<Physical>> {
         let (here, gpu) = self.gpu(device)?;
-        let locator = Locator::decode(handle).ok_or(Status::INVALID_VALUE)?;
-        let identity = &locator.identity;
-        if identity.sharing != Sharing::Fabric {
-            return Err(Status::INVALID_VALUE.into());
-        }
         if !self.node().is_some_and(|node| node.imex_channel) {
-            return Err(Status::NOT_PERMITTED.into());
+            return Err(Status::NOT_SUPPORTED.into());
         }
+        let locator = Locator::decode(handle)
+            .filter(|locator| locator.identity.sharing == Sharing::Fabric)
+            .ok_or(Status::INVALID_VALUE)?;
+        let identity = &locator.identity;
         let own_gpu = self.is_here(identity) && identity.gpu == here;
         if !own_gpu && gpu.import_fabric != Status::SUCCESS {
             return Err(gpu.import_fabric.into());
@@ -341,8 +335,12 @@ impl Process {
             .ok_or(Status::INVALID_VALUE)?
             .memory;
         let memory = Arc::clone(memory);
-        if bytes != memory.bytes() || !ptr.0.is_multiple_of(GRANULARITY) {
+        if bytes == 0 || !ptr.0.is_multiple_of(GRANULARITY) {
             return Err(Status::INVALID_VALUE.into());
+        }
+        // No part of an allocation is mapped alone, not even its start.
+        if bytes != memory.bytes() {
+            return Err(Status::NOT_SUPPORTED.into());
         }
         Ok(self.reservation(ptr, bytes)?.map(ptr.0, bytes, memory)?)
     }
@@ -382,11 +380,11 @@ impl Process {
         }
         let memory = self.allocate(device, bytes, Sharing::Ipc)?;
         let space = Space::of_memory(memory, device)?;
-        Ok(self.place(space, Role::Allocation { device }))
+        Ok(self.place(space, Role::Allocation))
     }
 
-    pub(crate) fn free(&mut self, device: DeviceOrdinal, ptr: DevicePtr) -> Result<()> {
-        self.remove(ptr, |region| region.role == Role::Allocation { device })
+    pub(crate) fn free(&mut self, ptr: DevicePtr) -> Result<()> {
+        self.remove(ptr, |region| region.role == Role::Allocation)
     }
 
     pub(crate) fn mem_info(&self, device: DeviceOrdinal) -> Result<(u64, u64)> {
@@ -395,17 +393,13 @@ impl Process {
         Ok((total.saturating_sub(used), total))
     }
 
-    pub(crate) fn ipc_handle(
-        &self,
-        device: DeviceOrdinal,
-        ptr: DevicePtr,
-    ) -> Result<[u8; IPC_HANDLE_BYTES]> {
-        let region = self.regions.get(&ptr.0).ok_or(Status::INVALID_VALUE)?;
-        if region.role != (Role::Allocation { device }) {
-            return Err(Status::INVALID_VALUE.into());
-        }
-        let memory = region.space.mappings().find_map(|mapping| mapping.memory());
-        Ok(memory.ok_or(Status::INVALID_VALUE)?.locator().encode())
+    /// The handle of the whole allocation, wherever in it `ptr` points.
+    pub(crate) fn ipc_handle(&self, ptr: DevicePtr) -> Result<[u8; IPC_HANDLE_BYTES]> {
+        self.region(ptr, 1)
+            .filter(|region| region.role == Role::Allocation)
+            .and_then(|region| region.space.mappings().find_map(Mapping::memory))
+            .map(|memory| memory.locator().encode())
+            .ok_or(Status::INVALID_VALUE.into())
     }
 
     pub(crate) fn ipc_open(
@@ -444,7 +438,7 @@ impl Process {
                 return Ok(DevicePtr(*base));
             }
         }
-        let memory = Physical::of_locator(&locator)?.ok_or(Status::INVALID_HANDLE)?;
+        let memory = Physical::of_locator(&locator)?.ok_or(Status::INVALID_VALUE)?;
         let space = Space::of_memory(memory, device)?;
         Ok(self.place(
             space,
@@ -594,15 +588,18 @@ impl Process {
             .ok_or(Status::INVALID_HANDLE.into())
     }
 
-    /// Whether `stream` can be used on `device`; the default stream can on every one.
-    pub(crate) fn stream(&self, device: DeviceOrdinal, stream: StreamHandle) -> Result<()> {
+    /// Refuses a stream that work for `device` cannot be put on. Every device has the default one.
+    fn stream(&self, device: DeviceOrdinal, stream: StreamHandle) -> Result<()> {
         self.device(device)?;
-        let usable = stream == StreamHandle::default()
-            || self
-                .streams
-                .get(&stream)
-                .is_some_and(|stream| stream.device == device);
-        if usable {
+        self.known_stream(stream)?;
+        match self.streams.get(&stream) {
+            Some(stream) if stream.device != device => Err(Status::INVALID_HANDLE.into()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn known_stream(&self, stream: StreamHandle) -> Result<()> {
+        if stream == StreamHandle::default() || self.streams.contains_key(&stream) {
             Ok(())
         } else {
             Err(Status::INVALID_HANDLE.into())
@@ -743,7 +740,7 @@ impl Process {
                     // What is still mapped keeps the addresses too.
                     injected += inner + usize::from(region.stuck > 0 || inner > 0);
                 }
-                Role::Allocation { .. } => {
+                Role::Allocation => {
                     live.allocations += 1;
                     injected += usize::from(region.stuck > 0);
                 }

@@ -296,5 +296,5 @@ fn memory_of_a_maker_that_is_gone_is_refused() {
         .unwrap_err();
     assert_eq!(refused.status(), Some(Status::INVALID_HANDLE));
     let refused = driver.ipc_open(DEVICE, &maker.ipc).unwrap_err();
-    assert_eq!(refused.status(), Some(Status::INVALID_HANDLE));
+    assert_eq!(refused.status(), Some(Status::INVALID_VALUE));
 }

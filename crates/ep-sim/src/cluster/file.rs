@@ -149,6 +149,7 @@ fn gpu(section: &Section<'_>) -> Result<Gpu, ClusterError> {
     let default = Gpu::default();
     Ok(Gpu {
         product: default.product,
+        gdr_attribute: default.gdr_attribute,
         fabric_attribute: section.boolean("fabric_attribute", default.fabric_attribute)?,
         posix_fd_attribute: section.boolean("posix_fd_attribute", default.posix_fd_attribute)?,
         fabric_state: section.one_of(
