@@ -1,6 +1,6 @@
 //! `format`: rustfmt for Rust, clang-format for CUDA.
 
-use std::path::PathBuf;
+use std::fs;
 
 use xshell::cmd;
 
@@ -12,27 +12,50 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
     let check = options.flag("--check");
     options.finish()?;
 
-    let sh = &repo.sh;
-    let (rust, cuda): (&[_], &[_]) = if check {
-        (&["--check"], &["--dry-run", "--Werror"])
+    let outcomes = [rust(repo, check), cuda(repo, check)];
+    let failures: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+    for failure in &failures {
+        eprintln!("{failure}");
+    }
+    if failures.is_empty() {
+        Ok(())
     } else {
-        (&[], &["-i"])
-    };
-    let rust = cmd!(sh, "cargo fmt --all -- {rust...}").run();
-    let clang_format = clang_format(repo)?;
+        Err("run `cargo xtask format`".into())
+    }
+}
+
+fn rust(repo: &Repo, check: bool) -> Result<()> {
+    let check = check.then_some("--check");
+    Ok(cmd!(repo.sh, "cargo fmt --all -- {check...}").run()?)
+}
+
+/// Versions of clang-format disagree on details, so the pinned one is used everywhere.
+fn cuda(repo: &Repo, check: bool) -> Result<()> {
+    let sh = &repo.sh;
+    let fetched = repo.target.join("clang-format");
+    wheels::fetch(sh, &wheels::CLANG_FORMAT, &fetched)?;
+    let clang_format = fetched.join("clang_format/data/bin/clang-format");
+
     let files = cmd!(sh, "git ls-files --cached --others --exclude-standard")
         .args(["--", "kernels/*.cu", "kernels/*.cuh", "kernels/*.h"])
         .quiet()
         .read()?;
-    let files = files.lines();
-    let cuda = cmd!(sh, "{clang_format} --style=file {cuda...} {files...}").run();
-    rust.and(cuda)
-        .map_err(|error| format!("{error}; `cargo xtask format` formats").into())
-}
-
-/// Versions of clang-format disagree on details, so the pinned one is used everywhere.
-fn clang_format(repo: &Repo) -> Result<PathBuf> {
-    let fetched = repo.target.join("clang-format");
-    wheels::fetch(&repo.sh, &wheels::CLANG_FORMAT, &fetched)?;
-    Ok(fetched.join("clang_format/data/bin/clang-format"))
+    let mut unformatted = Vec::new();
+    for file in files.lines() {
+        let path = repo.root.join(file);
+        let output = cmd!(sh, "{clang_format} --style=file {path}")
+            .quiet()
+            .output()?;
+        if fs::read(&path)? == output.stdout {
+            continue;
+        }
+        unformatted.push(file);
+        if !check {
+            fs::write(&path, output.stdout)?;
+        }
+    }
+    if check && !unformatted.is_empty() {
+        return Err(format!("clang-format would change {}", unformatted.join(", ")).into());
+    }
+    Ok(())
 }

@@ -15,16 +15,18 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
         .ignore_stderr()
         .run();
     let tests = match nextest {
-        Ok(()) => cmd!(
-            sh,
-            "cargo nextest run --workspace --no-fail-fast {features...}"
-        )
-        .run(),
+        Ok(()) => cmd!(sh, "cargo nextest run --workspace {features...}").run(),
         Err(_) => {
             let targets = ["--lib", "--bins", "--tests", "--examples"];
+            // nextest.toml keeps tests from disturbing each other on the GPUs; here, this does.
+            let threads: &[_] = if features.is_empty() {
+                &[]
+            } else {
+                &["--", "--test-threads=1"]
+            };
             cmd!(
                 sh,
-                "cargo test --workspace --no-fail-fast {targets...} {features...}"
+                "cargo test --workspace --no-fail-fast {targets...} {features...} {threads...}"
             )
             .run()
         }
