@@ -32,6 +32,8 @@ type Modelled<T> = std::result::Result<T, Refusal>;
 ///
 /// Streams have no queue: what is put on one is finished when the call returns. Events carry the
 /// host's clock.
+///
+/// Dropping the driver ends the process: what it held is gone, and its addresses with it.
 #[derive(Debug)]
 pub struct SimDriver {
     process: RwLock<Process>,

@@ -506,3 +506,143 @@ fn protect(address: u64, bytes: u64, flags: MprotectFlags) -> io::Result<()> {
 fn to_usize(value: u64) -> io::Result<usize> {
     usize::try_from(value).map_err(|_| io::ErrorKind::OutOfMemory.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::share::{Charge, Identity, Sharing, pid, unique};
+
+    const D0: DeviceOrdinal = DeviceOrdinal(0);
+
+    fn physical(bytes: u64) -> Arc<Physical> {
+        let identity = Identity {
+            cluster: 0,
+            node: 0,
+            gpu: 0,
+            sharing: Sharing::PosixFd,
+            pid: pid(),
+            process: unique(),
+            id: unique(),
+        };
+        let charge = Charge::take(&Arc::default(), bytes, u64::MAX).unwrap();
+        Physical::create(identity, bytes, charge).unwrap()
+    }
+
+    /// The lines of the kernel's list of mappings that lie in a range.
+    fn kernel_sees(base: u64, bytes: u64) -> Vec<String> {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let inside = |line: &&str| {
+            let (start, _) = line.split_once('-').unwrap();
+            let start = u64::from_str_radix(start, 16).unwrap();
+            (base..base + bytes).contains(&start)
+        };
+        maps.lines().filter(inside).map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_space_is_reserved_mapped_opened_and_given_back() {
+        let memory = physical(PAGE);
+        let mut space = Space::reserve(4 * PAGE, 64 * PAGE).unwrap();
+        let (base, bytes) = (space.base(), space.bytes());
+        assert!(base.is_multiple_of(64 * PAGE));
+        assert!(
+            kernel_sees(base, bytes)
+                .iter()
+                .all(|line| line.contains("---p"))
+        );
+
+        space.map(base + PAGE, PAGE, Arc::clone(&memory)).unwrap();
+        let seen = kernel_sees(base, bytes);
+        assert!(
+            seen.iter()
+                .any(|line| line.contains("---s") && line.contains("ep-sim:"))
+        );
+        assert!(!space.write(base + PAGE, b"x"));
+
+        space.allow(base + PAGE, PAGE, D0).unwrap();
+        assert!(
+            kernel_sees(base, bytes)
+                .iter()
+                .any(|line| line.contains("rw-s"))
+        );
+        assert!(space.write(base + PAGE, b"x"));
+        assert!(!space.write(base + PAGE - 1, b"xy"));
+        assert!(!space.write(base + 2 * PAGE - 1, b"xy"));
+
+        space.unmap(base, 4 * PAGE).unwrap();
+        assert!(
+            kernel_sees(base, bytes)
+                .iter()
+                .all(|line| line.contains("---p"))
+        );
+        drop(space);
+        // Another test may have been given the addresses; the name is of this memory alone.
+        let name = memory.memfd().name();
+        let mapped = |line: &String| line.contains(&format!("{name} (deleted)"));
+        assert!(!kernel_sees(base, bytes).iter().any(mapped));
+        assert_eq!(Arc::strong_count(&memory), 1);
+    }
+
+    #[test]
+    fn mappings_neither_overlap_nor_leave_the_space() {
+        let memory = physical(2 * PAGE);
+        let mut space = Space::reserve(4 * PAGE, PAGE).unwrap();
+        let base = space.base();
+        let mut map = |at: u64, bytes| space.map(at, bytes, Arc::clone(&memory));
+        map(base + PAGE, 2 * PAGE).unwrap();
+        for (at, bytes) in [
+            (base, 2 * PAGE),
+            (base + PAGE, PAGE),
+            (base + 2 * PAGE, 2 * PAGE),
+            (base + 3 * PAGE, 2 * PAGE),
+            (base.wrapping_sub(PAGE), PAGE),
+            (base + 3 * PAGE + 1, PAGE),
+            (base + 3 * PAGE, 0),
+            (base + 3 * PAGE, 3 * PAGE),
+            (u64::MAX - PAGE + 1, PAGE),
+        ] {
+            let refused = map(at, bytes);
+            assert!(
+                matches!(refused, Err(SpaceError::Misplaced)),
+                "{at:#x} {bytes}"
+            );
+        }
+        map(base, PAGE).unwrap();
+        map(base + 3 * PAGE, PAGE).unwrap();
+    }
+
+    #[test]
+    fn nothing_outside_is_read_not_even_nothing() {
+        let space = Space::of_memory(physical(PAGE), D0).unwrap();
+        assert!(!space.read(0, &mut []));
+        assert!(!space.read(u64::MAX, &mut [0]));
+        assert!(!space.fill(space.base(), usize::MAX, 0));
+        assert!(space.read(space.base() + PAGE, &mut []));
+        assert_eq!(space.load(space.base() + PAGE), None);
+        assert_eq!(space.load(space.base() + PAGE - 8), Some(0));
+    }
+
+    #[test]
+    fn only_sealed_memory_files_are_adopted() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let unsealed = rustix::fs::memfd_create("ep-sim:unsealed", flags).unwrap();
+        assert!(Memfd::adopt(unsealed).unwrap().is_none());
+        let file = std::fs::File::open("/proc/self/maps").unwrap();
+        assert!(Memfd::adopt(file.into()).unwrap().is_none());
+        let ours = Memfd::create("ep-sim:name".to_owned(), 1).unwrap();
+        let adopted = Memfd::adopt(ours.duplicate().unwrap()).unwrap().unwrap();
+        assert_eq!((adopted.name(), adopted.bytes()), ("ep-sim:name", PAGE));
+        assert_eq!(adopted.inode(), ours.inode());
+        assert!(rustix::fs::ftruncate(&ours, 0).is_err());
+    }
+
+    #[test]
+    fn absurd_sizes_are_out_of_memory() {
+        for bytes in [1 << 62, u64::MAX] {
+            assert_eq!(
+                Space::reserve(bytes, PAGE).unwrap_err().kind(),
+                io::ErrorKind::OutOfMemory
+            );
+        }
+    }
+}

@@ -321,3 +321,78 @@ fn shared(identity: &Identity) -> Option<Arc<Memfd>> {
     let exported = EXPORTED.lock().get(&identity.id)?.upgrade()?;
     (exported.identity == *identity).then(|| Arc::clone(&exported.memfd))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity() -> Identity {
+        Identity {
+            cluster: u64::MAX,
+            node: 17,
+            gpu: 3,
+            sharing: Sharing::Fabric,
+            pid: 4_194_304,
+            process: 72,
+            id: 1 << 40,
+        }
+    }
+
+    #[test]
+    fn a_name_says_all_of_an_identity() {
+        for sharing in Sharing::ALL {
+            let identity = Identity {
+                sharing,
+                ..identity()
+            };
+            let name = identity.to_string();
+            // What memfd_create takes.
+            assert!(name.len() <= 249, "{name}");
+            assert_eq!(Identity::parse(&name), Some(identity));
+        }
+        let name = identity().to_string();
+        for foreign in [
+            "",
+            "memory",
+            "ep-sim:1:2:3",
+            &name[1..],
+            &name[..name.len() - 2],
+            &format!("{name}:0"),
+            &name.replace(":1:", ":9:"),
+            &name.replace(":17:", ":-17:"),
+        ] {
+            assert_ne!(Identity::parse(foreign), Some(identity()), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn a_handle_is_what_was_encoded_or_nothing() {
+        let locator = Locator {
+            identity: identity(),
+            fd: 19_999,
+            inode: 1 << 33,
+        };
+        let handle = locator.encode();
+        assert_eq!(Locator::decode(&handle), Some(locator));
+        for byte in 0..HANDLE_BYTES {
+            let mut other = handle;
+            other[byte] ^= 0x80;
+            assert_ne!(Locator::decode(&other), Some(locator), "byte {byte}");
+        }
+        assert_eq!(Locator::decode(&[0; HANDLE_BYTES]), None);
+        assert_eq!(Locator::decode(&[0xff; HANDLE_BYTES]), None);
+    }
+
+    #[test]
+    fn a_charge_is_taken_whole_and_returned() {
+        let used = Arc::new(AtomicU64::new(0));
+        let first = Charge::take(&used, 60, 100).unwrap();
+        assert!(Charge::take(&used, 41, 100).is_none());
+        assert!(Charge::take(&used, u64::MAX, 100).is_none());
+        let second = Charge::take(&used, 40, 100).unwrap();
+        drop(first);
+        assert_eq!(used.load(Ordering::Relaxed), 40);
+        drop(second);
+        assert_eq!(used.load(Ordering::Relaxed), 0);
+    }
+}

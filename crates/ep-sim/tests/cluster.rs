@@ -283,3 +283,50 @@ fn racks_are_cliques_that_only_the_uuid_tells_apart() {
     assert_ne!(first.cluster_uuid, second.cluster_uuid);
     assert_eq!(cluster.nodes[17].gpus[3].cluster_uuid, first.cluster_uuid);
 }
+
+#[test]
+fn no_damaged_file_panics() {
+    // Xorshift: the same damage in every run.
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    let pieces = [
+        "[[", "]]", "\"", "=", "\n", "-1", "é", "node", ".", "{", "}", "gpu", "\0", "1e9",
+    ];
+    let (mut accepted, mut refused) = (0, 0);
+    for _ in 0..5_000 {
+        let mut text = FULL.to_owned();
+        for _ in 0..=random(3) {
+            let mut at = random(text.len());
+            while !text.is_char_boundary(at) {
+                at -= 1;
+            }
+            match random(3) {
+                0 => text.truncate(at),
+                1 => drop(text.remove(at.min(text.len() - 1))),
+                _ => text.insert_str(at, pieces[random(pieces.len())]),
+            }
+            if text.is_empty() {
+                break;
+            }
+        }
+        match Cluster::from_toml(&text) {
+            Ok(cluster) => {
+                assert!(cluster.ranks() > 0);
+                accepted += 1;
+            }
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                refused += 1;
+            }
+        }
+    }
+    assert!(
+        accepted > 100 && refused > 100,
+        "{accepted} accepted, {refused} refused"
+    );
+}

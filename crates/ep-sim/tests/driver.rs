@@ -687,3 +687,35 @@ fn nodes_may_differ() {
     assert_eq!(driver.host_facts().name, "small");
     assert_eq!(driver.device_count().unwrap(), 1);
 }
+
+#[test]
+fn threads_share_a_driver() {
+    let driver = SimDriver::new(&Cluster::hgx_h200(4), 0, &[0, 1, 2, 3]);
+    std::thread::scope(|scope| {
+        for device in (0..4).map(DeviceOrdinal) {
+            let driver = &driver;
+            scope.spawn(move || {
+                for round in 0..50_u8 {
+                    let handle = driver
+                        .mem_create(device, GRANULE, HandleKind::PosixFd, false)
+                        .unwrap();
+                    let ptr = map(driver, device, handle, GRANULE);
+                    let plain = driver.mem_alloc(device, 4096).unwrap();
+                    driver
+                        .fill(device, ptr, round, 4096, StreamHandle(0))
+                        .unwrap();
+                    driver
+                        .copy_on_device(device, plain, ptr, 4096, StreamHandle(0))
+                        .unwrap();
+                    assert_eq!(read(driver, device, plain, 4096), [round; 4096]);
+                    unmap(driver, device, ptr, GRANULE);
+                    driver.mem_release(device, handle).unwrap();
+                    driver.mem_free(device, plain).unwrap();
+                }
+            });
+        }
+    });
+    assert!(driver.live().is_empty());
+    let (free, total) = driver.mem_info(D0).unwrap();
+    assert_eq!(free, total);
+}
