@@ -1,0 +1,257 @@
+//! The buffer: what a rank dispatches and combines with.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ep_alloc::Plan;
+use ep_kernels::{LaunchError, Layout};
+
+use crate::connection::Connection;
+use crate::dispatch::check_stream;
+use crate::error::ArgumentError;
+use crate::fault::{Fault, Status};
+use crate::handle::{BufferId, Lease, Slots};
+use crate::order::{Parts, Unreceived};
+use crate::state::DeviceState;
+use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operation, Stream};
+
+/// One rank's share of a group that dispatches and combines.
+///
+/// Made by a [builder](Self::builder), on every rank at once. Every rank then makes the same sequence
+/// of operations on it, [dispatch](Self::dispatch), [combine](Self::combine) and
+/// [barrier](Self::barrier), and gives up handles at the same places of that sequence.
+///
+/// # Streams
+/// Operations are enqueued and return at once (on the simulator they have finished by then). They
+/// run in the order of the stream; an operation on another stream than the one before it must be
+/// made to wait for that one, for instance with an [`Event`](crate::Event). Arguments must stay
+/// unchanged, and results are there, when the stream has passed the operation. The device counts the
+/// operations itself, so a captured CUDA graph can be replayed, on every rank alike.
+///
+/// # When a rank does not come
+/// Waits of an operation end after the [time-out](BufferBuilder::timeout). The operation then goes
+/// on without that rank and [reports](Self::faults) it; the buffer stays usable with the others.
+///
+/// # End
+/// [`close`](Self::close) waits for the last stream and for the other ranks, within the deadline,
+/// and gives everything back. Dropping does the same and logs what it cannot report. Every rank
+/// closes at the same place of the sequence. Work that the buffer did not enqueue, such as a replayed
+/// graph, must have ended before.
+#[derive(Debug)]
+pub struct Buffer {
+    // The connection ends first: after it no peer uses this rank's memory.
+    connection: Connection,
+    state: DeviceState,
+    slots: Arc<Slots>,
+    id: BufferId,
+    config: Config,
+    plan: Plan,
+}
+
+impl Buffer {
+    /// Begins to make a buffer on `device` for the ranks of `comm`.
+    pub fn builder(device: &Device, comm: &Communicator, config: Config) -> BufferBuilder {
+        BufferBuilder::new(device, comm, config)
+    }
+
+    pub(crate) fn from_parts(
+        connection: Connection,
+        state: DeviceState,
+        config: Config,
+        plan: Plan,
+    ) -> Self {
+        Self {
+            connection,
+            state,
+            slots: Slots::new(config.slots),
+            id: BufferId::new(),
+            config,
+            plan,
+        }
+    }
+
+    /// Enqueues a barrier of all ranks on `stream`, after `spin` of busy waiting on the device: it
+    /// lines ranks up, for timing, while the host runs ahead.
+    pub fn barrier(&self, stream: &Stream, spin: Duration) -> Result<(), Error> {
+        self.check(Operation::Barrier, || check_stream(stream, &self.state))?;
+        let spin_ns = u64::try_from(spin.as_nanos()).unwrap_or(u64::MAX);
+        self.enqueue(Operation::Barrier, Parts::Both, stream, |state| {
+            state
+                .barrier(spin_ns, stream)
+                .map_err(|source| self.launch_error(source))
+        })
+        .map(drop)
+    }
+
+    /// What operations of this rank have reported, oldest first: the newest 64 records at most. Reads
+    /// host memory and stops no stream; what an operation reports is complete once its stream has
+    /// passed it.
+    pub fn faults(&self) -> Result<Vec<Fault>, Error> {
+        self.state
+            .faults
+            .read()
+            .map_err(|error| error.of_rank(self.rank()))
+    }
+
+    /// What the last operation that this buffer enqueued has reported so far; `None` before the
+    /// first.
+    ///
+    /// Operations are told apart by their number. A replayed graph advances the numbers on the device
+    /// and not here; from then on use [`faults`](Self::faults).
+    pub fn status(&self) -> Result<Option<Status>, Error> {
+        let last = self.connection.order().last();
+        last.map(|(operation, epoch)| self.status_of_epoch(operation, epoch))
+            .transpose()
+    }
+
+    /// What the dispatch of a handle has reported so far.
+    pub fn status_of(&self, handle: &Handle) -> Result<Status, Error> {
+        if handle.buffer != self.id {
+            return Err(Error::ForeignHandle { rank: self.rank() });
+        }
+        self.status_of_epoch(Operation::Dispatch, handle.epoch)
+    }
+
+    /// Waits until the stream that the buffer was last used with has finished.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        let stream = self.connection.order().stream().cloned();
+        stream.map_or(Ok(()), |stream| {
+            stream
+                .synchronize()
+                .map_err(|error| error.of_rank(self.rank()))
+        })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.state.rank
+    }
+
+    /// Ranks in the group.
+    pub fn num_ranks(&self) -> u32 {
+        self.state.shape.num_ranks
+    }
+
+    /// Experts on each rank.
+    pub fn local_experts(&self) -> u32 {
+        self.state.shape.local_experts()
+    }
+
+    /// Rows that the output has for each local expert: ranks times the most tokens.
+    pub fn rows_per_expert(&self) -> u32 {
+        self.state.shape.rows_per_expert()
+    }
+
+    /// What the buffer was made for.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Which memory the group uses, and why.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Where things lie in every rank's symmetric memory.
+    pub fn layout(&self) -> &Layout {
+        &self.state.layout
+    }
+
+    /// Bytes of this rank's symmetric memory, as allocated.
+    pub fn symmetric_bytes(&self) -> u64 {
+        self.connection.bytes()
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.state.device
+    }
+
+    /// Waits for the last stream and for the other ranks, and gives everything back.
+    ///
+    /// # Errors
+    /// The first thing that went wrong; the rest has been given back all the same. When other ranks
+    /// do not come within the deadline, memory that they could still write is not freed but lost to
+    /// the process, and the error says so.
+    pub fn close(self) -> Result<(), Error> {
+        let Self {
+            mut connection,
+            state,
+            ..
+        } = self;
+        let closed = connection.close();
+        closed.and(state.close())
+    }
+
+    pub(crate) fn state(&self) -> &DeviceState {
+        &self.state
+    }
+
+    pub(crate) fn id(&self) -> BufferId {
+        self.id
+    }
+
+    /// Names operation and rank in an argument's error.
+    pub(crate) fn check<T>(
+        &self,
+        operation: Operation,
+        check: impl FnOnce() -> Result<T, ArgumentError>,
+    ) -> Result<T, Error> {
+        check().map_err(|source| Error::Argument {
+            rank: self.rank(),
+            operation,
+            source,
+        })
+    }
+
+    /// Launches an operation if it is its turn, and counts it. Gives its number.
+    pub(crate) fn enqueue<T>(
+        &self,
+        operation: Operation,
+        parts: Parts,
+        stream: &Stream,
+        launch: impl FnOnce(&DeviceState) -> Result<T, Error>,
+    ) -> Result<(T, u64), Error> {
+        let limit = match operation {
+            Operation::Dispatch => u64::from(self.config.sends_in_flight),
+            // Each holds a slot.
+            Operation::Combine | Operation::Barrier => u64::MAX,
+        };
+        let mut order = self.connection.order();
+        order.admit(self.rank(), operation, parts, limit)?;
+        let launched = launch(&self.state)?;
+        Ok((launched, order.launched(operation, parts, stream)))
+    }
+
+    pub(crate) fn unreceived(&self, operation: Operation, number: u64) -> Unreceived<'_> {
+        Unreceived::new(self, operation, number)
+    }
+
+    pub(crate) fn abandon(&self, operation: Operation) {
+        self.connection.order().abandon(operation);
+    }
+
+    pub(crate) fn lease(&self) -> Result<Lease, Error> {
+        self.slots.lease().ok_or(Error::NoFreeSlot {
+            rank: self.rank(),
+            slots: self.config.slots,
+        })
+    }
+
+    pub(crate) fn launch_error(&self, source: LaunchError) -> Error {
+        Error::Launch {
+            rank: Some(self.rank()),
+            source,
+        }
+    }
+
+    fn status_of_epoch(&self, operation: Operation, epoch: u64) -> Result<Status, Error> {
+        let mut faults = self.faults()?;
+        faults.retain(|fault| fault.operation == operation && fault.epoch == epoch);
+        Ok(Status {
+            operation,
+            epoch,
+            faults,
+        })
+    }
+}

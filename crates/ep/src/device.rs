@@ -1,0 +1,120 @@
+//! A device with its driver and its kernels.
+
+use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::{Arc, OnceLock};
+
+use ep_kernels::{HostKernels, Kernels};
+use ep_sys::{Bytes16, DeviceOrdinal, Driver};
+
+/// A GPU, real or simulated, and the kernels that run on it. Cheap to clone.
+///
+/// ```
+/// use ep::{Device, driver::DeviceOrdinal};
+/// use ep_sim::{Cluster, SimDriver};
+///
+/// let driver = SimDriver::new(&Cluster::hgx_h200(2), 0, &[0, 1]);
+/// let device = Device::host(driver, DeviceOrdinal(1));
+/// assert_eq!(device.ordinal(), DeviceOrdinal(1));
+/// assert_eq!(device.backend(), "host");
+/// ```
+#[derive(Clone)]
+pub struct Device {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    driver: Arc<dyn Driver>,
+    kernels: Arc<dyn Kernels>,
+    ordinal: DeviceOrdinal,
+}
+
+impl Device {
+    /// A device of a simulated cluster, whose memory this process addresses directly; dispatch and
+    /// combine run on the calling thread.
+    ///
+    /// The driver's device addresses must be addresses of this process, as those of `ep-sim` are.
+    pub fn host(driver: Arc<dyn Driver>, ordinal: DeviceOrdinal) -> Self {
+        Self::from_parts(driver, Arc::new(HostKernels::default()), ordinal)
+    }
+
+    /// The GPU with this number among those that the process sees, with the CUDA kernels.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) if there is no driver or no visible GPU,
+    /// [`Error::Launch`](crate::Error::Launch) if the linked kernels are of another version.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: DeviceOrdinal) -> Result<Self, crate::Error> {
+        use ep_kernels::CudaKernels;
+        use ep_sys::CudaDriver;
+
+        let driver = CudaDriver::load().map_err(crate::Error::driver("opening the driver"))?;
+        let kernels = CudaKernels::new().map_err(crate::Error::launch)?;
+        Ok(Self::from_parts(driver, Arc::new(kernels), ordinal))
+    }
+
+    pub(crate) fn from_parts(
+        driver: Arc<dyn Driver>,
+        kernels: Arc<dyn Kernels>,
+        ordinal: DeviceOrdinal,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                driver,
+                kernels,
+                ordinal,
+            }),
+        }
+    }
+
+    /// The device's number in this process.
+    pub fn ordinal(&self) -> DeviceOrdinal {
+        self.shared.ordinal
+    }
+
+    /// Which kernels run: `"cuda"` or `"host"`.
+    pub fn backend(&self) -> &'static str {
+        self.shared.kernels.name()
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &Arc<dyn Driver> {
+        &self.shared.driver
+    }
+
+    pub(crate) fn kernels(&self) -> &dyn Kernels {
+        &*self.shared.kernels
+    }
+
+    /// Whether memory of `other` is memory of this device.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.ordinal() == other.ordinal() && self.backend() == other.backend()
+    }
+
+    /// What two ranks have in common exactly if they are of one process, as the driver sees
+    /// processes: every simulated driver is one.
+    pub(crate) fn process(&self) -> Bytes16 {
+        static TOKEN: OnceLock<[u8; 16]> = OnceLock::new();
+        let mut token = *TOKEN.get_or_init(|| {
+            let mut token = [0; 16];
+            for half in token.chunks_exact_mut(8) {
+                // Its keys are the standard library's only door to the system's randomness.
+                half.copy_from_slice(&RandomState::new().build_hasher().finish().to_ne_bytes());
+            }
+            token
+        });
+        if self.backend() != "cuda" {
+            let driver = Arc::as_ptr(&self.shared.driver).addr() as u64;
+            for (byte, of_driver) in token.iter_mut().zip(driver.to_ne_bytes()) {
+                *byte ^= of_driver;
+            }
+        }
+        Bytes16(token)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.ordinal(), self.backend())
+    }
+}

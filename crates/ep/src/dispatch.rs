@@ -1,0 +1,480 @@
+//! Dispatch: tokens to the ranks that own their experts.
+
+use ep_kernels::ffi::{
+    EP_DISPATCH_FP8, EP_DISPATCH_POW2, EP_DISPATCH_RECV, EP_DISPATCH_SEND, EP_DISPATCH_UE8M0,
+    EP_DISPATCH_WEIGHTS,
+};
+
+use crate::error::{ArgumentError, Rejected};
+use crate::handle::Lease;
+use crate::order::{Parts, Unreceived};
+use crate::state::DeviceState;
+use crate::{
+    Buffer, DType, Device, Error, Handle, Operation, Stream, Tensor, TensorMut, TensorRef, launch,
+};
+
+/// The form in which tokens travel and arrive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Bfloat16, as they are.
+    #[default]
+    Bf16,
+    /// E4M3 with a scale for every 128 channels of a token: 448 / amax, amax no less than 1e-4.
+    Fp8(Scales),
+}
+
+/// How the scales of FP8 tokens are stored. What is stored is the inverse, which dequantises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Scales {
+    /// As f32, exactly amax / 448.
+    #[default]
+    F32,
+    /// As f32, rounded up to a power of two.
+    Pow2,
+    /// As exponents of powers of two, four packed in an i32.
+    Ue8m0,
+}
+
+impl Format {
+    fn flags(self) -> u32 {
+        match self {
+            Self::Bf16 => 0,
+            Self::Fp8(Scales::F32) => EP_DISPATCH_FP8,
+            Self::Fp8(Scales::Pow2) => EP_DISPATCH_FP8 | EP_DISPATCH_POW2,
+            Self::Fp8(Scales::Ue8m0) => EP_DISPATCH_FP8 | EP_DISPATCH_POW2 | EP_DISPATCH_UE8M0,
+        }
+    }
+
+    /// Element type of the rows.
+    fn rows(self) -> DType {
+        match self {
+            Self::Bf16 => DType::Bf16,
+            Self::Fp8(_) => DType::E4m3,
+        }
+    }
+
+    /// Element type of the scales and how many a row has.
+    fn scales(self, hidden: usize) -> Option<(DType, usize)> {
+        match self {
+            Self::Bf16 => None,
+            Self::Fp8(Scales::F32 | Scales::Pow2) => Some((DType::F32, hidden / 128)),
+            Self::Fp8(Scales::Ue8m0) => Some((DType::I32, hidden.div_ceil(512))),
+        }
+    }
+}
+
+/// How to dispatch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct DispatchOptions {
+    /// The form in which tokens travel and arrive. The same on every rank.
+    pub format: Format,
+}
+
+impl DispatchOptions {
+    /// Bfloat16.
+    pub fn bf16() -> Self {
+        Self {
+            format: Format::Bf16,
+        }
+    }
+
+    /// FP8, with scales of this form.
+    pub fn fp8(scales: Scales) -> Self {
+        Self {
+            format: Format::Fp8(scales),
+        }
+    }
+}
+
+impl From<Format> for DispatchOptions {
+    fn from(format: Format) -> Self {
+        Self { format }
+    }
+}
+
+/// What a rank dispatches. `T` tokens of `H` channels, `K` experts each; `T` may be 0.
+#[derive(Clone, Copy, Debug)]
+pub struct DispatchInput<'a> {
+    /// The tokens, bf16 `[T, H]`.
+    pub x: TensorRef<'a>,
+    /// Their experts, i64 `[T, K]`; -1 is no expert. An id that the layer does not have is skipped
+    /// and [reported](Buffer::faults).
+    pub topk_idx: TensorRef<'a>,
+    /// The experts' weights, f32 `[T, K]`, if they are to travel with the tokens. All ranks give
+    /// them, or none. Combine uses them unless it is given others.
+    pub topk_weights: Option<TensorRef<'a>>,
+}
+
+/// What a rank receives: `L` local experts, up to `N` (ranks times most tokens) rows each. The
+/// tensors are written when the stream has passed the dispatch.
+#[derive(Debug)]
+pub struct DispatchOutput {
+    /// Rows by local expert, `[L, N, H]`: bf16, or E4M3 with FP8. Rows of one source rank stand
+    /// together, sources ascending without gaps, tokens ascending. Rows beyond `recv_count` are not
+    /// written.
+    pub recv_x: Tensor,
+    /// With FP8 the rows' scales, stored with the row index innermost: f32 `[L, H / 128, N]`, or i32
+    /// `[L, ceil(H / 512), N]` with [`Scales::Ue8m0`].
+    pub recv_scales: Option<Tensor>,
+    /// Rows of each local expert, i32 `[L]`.
+    pub recv_count: Tensor,
+    /// The index that each row's token has at its source, i32 `[L, N]`.
+    pub src_info: Tensor,
+    /// Where the rows of each source rank begin and how many they are, i64 `[L, R]`: begin << 32 |
+    /// count.
+    pub layout_range: Tensor,
+}
+
+/// The tensors of a [`DispatchOutput`] as views, for a caller's own.
+#[derive(Debug)]
+pub struct DispatchOutputMut<'a> {
+    /// As [`DispatchOutput::recv_x`].
+    pub recv_x: TensorMut<'a>,
+    /// As [`DispatchOutput::recv_scales`].
+    pub recv_scales: Option<TensorMut<'a>>,
+    /// As [`DispatchOutput::recv_count`].
+    pub recv_count: TensorMut<'a>,
+    /// As [`DispatchOutput::src_info`].
+    pub src_info: TensorMut<'a>,
+    /// As [`DispatchOutput::layout_range`].
+    pub layout_range: TensorMut<'a>,
+}
+
+impl<'a> From<&'a mut DispatchOutput> for DispatchOutputMut<'a> {
+    fn from(output: &'a mut DispatchOutput) -> Self {
+        Self {
+            recv_x: output.recv_x.view_mut(),
+            recv_scales: output.recv_scales.as_mut().map(Tensor::view_mut),
+            recv_count: output.recv_count.view_mut(),
+            src_info: output.src_info.view_mut(),
+            layout_range: output.layout_range.view_mut(),
+        }
+    }
+}
+
+impl DispatchOutput {
+    /// Fills every byte of every tensor, ordered on the stream.
+    pub fn fill(&mut self, byte: u8, stream: &Stream) -> Result<(), Error> {
+        let Self {
+            recv_x,
+            recv_scales,
+            recv_count,
+            src_info,
+            layout_range,
+        } = self;
+        [recv_x, recv_count, src_info, layout_range]
+            .into_iter()
+            .chain(recv_scales)
+            .try_for_each(|tensor| tensor.fill(byte, stream))
+    }
+}
+
+/// A dispatch that has been sent and not received.
+///
+/// Between the two parts the rows are on their way and nothing runs on the device, so that other
+/// work of the stream can. Dropping it without receiving leaves this rank out of step with the
+/// others: the buffer then refuses further operations.
+#[derive(Debug)]
+#[must_use = "a dispatch that is not received leaves the ranks out of step"]
+pub struct PendingDispatch<'b> {
+    unreceived: Unreceived<'b>,
+    call: launch::Dispatch,
+    format: Format,
+    lease: Lease,
+}
+
+impl Buffer {
+    /// Output tensors for dispatches of this format, contents undefined.
+    pub fn new_output(&self, options: &DispatchOptions) -> Result<DispatchOutput, Error> {
+        let sizes = Sizes::of(self.state());
+        let device = self.device();
+        let tensor = |dtype, dims: &[usize]| match *dims {
+            [a] => Tensor::new(device, dtype, [a]),
+            [a, b] => Tensor::new(device, dtype, [a, b]),
+            _ => Tensor::new(device, dtype, [dims[0], dims[1], dims[2]]),
+        };
+        let Sizes {
+            local_experts: l,
+            rows: n,
+            hidden: h,
+            ranks: r,
+        } = sizes;
+        let scales = options.format.scales(h);
+        Ok(DispatchOutput {
+            recv_x: tensor(options.format.rows(), &[l, n, h])?,
+            recv_scales: scales
+                .map(|(dtype, per_row)| tensor(dtype, &[l, per_row, n]))
+                .transpose()?,
+            recv_count: tensor(DType::I32, &[l])?,
+            src_info: tensor(DType::I32, &[l, n])?,
+            layout_range: tensor(DType::I64, &[l, r])?,
+        })
+    }
+
+    /// Enqueues a dispatch on `stream`.
+    ///
+    /// Every rank dispatches, with its own tokens. The output is written when the stream has passed
+    /// the operation; the input must not change before.
+    ///
+    /// # Errors
+    /// The arguments are checked before anything is launched, and the buffer stays usable. A rank
+    /// that does not come in time is no error here but a [fault](Self::faults).
+    pub fn dispatch<'o>(
+        &self,
+        stream: &Stream,
+        input: &DispatchInput<'_>,
+        options: &DispatchOptions,
+        output: impl Into<DispatchOutputMut<'o>>,
+    ) -> Result<Handle, Error> {
+        let output = output.into();
+        let state = self.state();
+        let mut call = self.check(Operation::Dispatch, || {
+            check_stream(stream, state)?;
+            let sent = checked_input(state, input, options.format)?;
+            checked_output(state, sent, &output, options.format)
+        })?;
+        call.flags |= EP_DISPATCH_SEND | EP_DISPATCH_RECV;
+        let (lease, epoch) = self.enqueue_dispatch(stream, &mut call, Parts::Both)?;
+        Ok(self.handle(&call, lease, epoch))
+    }
+
+    /// Enqueues the send part of a dispatch. The input must not change before the stream has passed
+    /// it.
+    ///
+    /// Sent dispatches are received in their order, and no other dispatch comes between unless it is
+    /// sent too; at most [`Config::sends_in_flight`](crate::Config::sends_in_flight) at once.
+    pub fn dispatch_send(
+        &self,
+        stream: &Stream,
+        input: &DispatchInput<'_>,
+        options: &DispatchOptions,
+    ) -> Result<PendingDispatch<'_>, Error> {
+        let state = self.state();
+        let mut call = self.check(Operation::Dispatch, || {
+            check_stream(stream, state)?;
+            checked_input(state, input, options.format)
+        })?;
+        call.flags |= EP_DISPATCH_SEND;
+        let (lease, number) = self.enqueue_dispatch(stream, &mut call, Parts::Send)?;
+        Ok(PendingDispatch {
+            unreceived: self.unreceived(Operation::Dispatch, number),
+            call: launch::Dispatch {
+                flags: call.flags & !EP_DISPATCH_SEND | EP_DISPATCH_RECV,
+                x: 0,
+                topk_idx: 0,
+                topk_weights: 0,
+                ..call
+            },
+            format: options.format,
+            lease,
+        })
+    }
+
+    /// Takes a slot and launches. The answer is the slot and the operation's number.
+    fn enqueue_dispatch(
+        &self,
+        stream: &Stream,
+        call: &mut launch::Dispatch,
+        parts: Parts,
+    ) -> Result<(Lease, u64), Error> {
+        self.enqueue(Operation::Dispatch, parts, stream, |state| {
+            let lease = self.lease()?;
+            call.slot = lease.index();
+            state
+                .dispatch(call, stream)
+                .map_err(|source| self.launch_error(source))?;
+            Ok(lease)
+        })
+    }
+
+    fn handle(&self, call: &launch::Dispatch, lease: Lease, epoch: u64) -> Handle {
+        Handle {
+            buffer: self.id(),
+            lease,
+            num_tokens: call.num_tokens,
+            top_k: call.top_k,
+            epoch,
+        }
+    }
+}
+
+impl PendingDispatch<'_> {
+    /// Enqueues the receive part. The output is written when the stream has passed it.
+    ///
+    /// # Errors
+    /// As for [`Buffer::dispatch`]; the pending dispatch comes back with the error.
+    pub fn receive<'o>(
+        self,
+        stream: &Stream,
+        output: impl Into<DispatchOutputMut<'o>>,
+    ) -> Result<Handle, Rejected<Self>> {
+        match self.enqueue(stream, &output.into()) {
+            Ok(()) => {
+                let (buffer, number) = self.unreceived.received();
+                Ok(buffer.handle(&self.call, self.lease, number))
+            }
+            Err(error) => Err(Rejected::new(self, error)),
+        }
+    }
+
+    fn enqueue(&self, stream: &Stream, output: &DispatchOutputMut<'_>) -> Result<(), Error> {
+        let buffer = self.unreceived.buffer();
+        let state = buffer.state();
+        let call = buffer.check(Operation::Dispatch, || {
+            check_stream(stream, state)?;
+            checked_output(state, self.call, output, self.format)
+        })?;
+        let parts = self.unreceived.parts();
+        buffer
+            .enqueue(Operation::Dispatch, parts, stream, |state| {
+                state
+                    .dispatch(&call, stream)
+                    .map_err(|source| buffer.launch_error(source))
+            })
+            .map(drop)
+    }
+}
+
+/// The sizes of tensors, as hosts count.
+pub(crate) struct Sizes {
+    pub(crate) local_experts: usize,
+    /// Of a local expert.
+    pub(crate) rows: usize,
+    pub(crate) hidden: usize,
+    pub(crate) ranks: usize,
+}
+
+impl Sizes {
+    pub(crate) fn of(state: &DeviceState) -> Self {
+        let shape = &state.shape;
+        Self {
+            local_experts: shape.local_experts() as usize,
+            rows: shape.rows_per_expert() as usize,
+            hidden: shape.hidden as usize,
+            ranks: shape.num_ranks as usize,
+        }
+    }
+}
+
+pub(crate) fn check_stream(stream: &Stream, state: &DeviceState) -> Result<(), ArgumentError> {
+    let (expected, got): (&Device, &Device) = (&state.device, stream.device());
+    if got.is_same(expected) {
+        Ok(())
+    } else {
+        Err(ArgumentError::Device {
+            field: "stream",
+            expected: expected.clone(),
+            got: got.clone(),
+        })
+    }
+}
+
+fn checked_input(
+    state: &DeviceState,
+    input: &DispatchInput<'_>,
+    format: Format,
+) -> Result<launch::Dispatch, ArgumentError> {
+    let DispatchInput {
+        x,
+        topk_idx,
+        topk_weights,
+    } = input;
+    let tokens = match *x.dims().as_slice() {
+        [tokens, _] => tokens,
+        _ => return Err(two_dimensions("x", x)),
+    };
+    let top_k = match *topk_idx.dims().as_slice() {
+        [_, top_k] => top_k,
+        _ => return Err(two_dimensions("topk_idx", topk_idx)),
+    };
+    let num_tokens = in_range("tokens", tokens, 0, state.shape.max_tokens)?;
+    let num_experts = in_range("top_k", top_k, 1, state.shape.max_top_k)?;
+    let device = &state.device;
+    let hidden = state.shape.hidden as usize;
+    let weights = topk_weights.map(|weights| {
+        weights
+            .raw()
+            .check("topk_weights", device, DType::F32, [tokens, top_k])
+    });
+    let weights_flag = if weights.is_some() {
+        EP_DISPATCH_WEIGHTS
+    } else {
+        0
+    };
+    Ok(launch::Dispatch {
+        flags: format.flags() | weights_flag,
+        num_tokens,
+        top_k: num_experts,
+        x: x.raw().check("x", device, DType::Bf16, [tokens, hidden])?,
+        topk_idx: topk_idx
+            .raw()
+            .check("topk_idx", device, DType::I64, [tokens, top_k])?,
+        topk_weights: weights.transpose()?.unwrap_or(0),
+        ..launch::Dispatch::default()
+    })
+}
+
+/// Adds the output to a call.
+fn checked_output(
+    state: &DeviceState,
+    call: launch::Dispatch,
+    output: &DispatchOutputMut<'_>,
+    format: Format,
+) -> Result<launch::Dispatch, ArgumentError> {
+    let Sizes {
+        local_experts: l,
+        rows: n,
+        hidden: h,
+        ranks: r,
+    } = Sizes::of(state);
+    let device = &state.device;
+    let check = |field, tensor: &TensorMut<'_>, dtype, dims: crate::Dims| {
+        tensor.raw().check(field, device, dtype, dims)
+    };
+    let recv_scales = match (format.scales(h), &output.recv_scales) {
+        (None, None) => 0,
+        (Some((dtype, per_row)), Some(scales)) => {
+            check("recv_scales", scales, dtype, [l, per_row, n].into())?
+        }
+        (wanted, _) => {
+            return Err(ArgumentError::Presence {
+                field: "recv_scales",
+                wanted: wanted.is_some(),
+            });
+        }
+    };
+    Ok(launch::Dispatch {
+        recv_x: check("recv_x", &output.recv_x, format.rows(), [l, n, h].into())?,
+        recv_scales,
+        recv_count: check("recv_count", &output.recv_count, DType::I32, [l].into())?,
+        src_info: check("src_info", &output.src_info, DType::I32, [l, n].into())?,
+        layout_range: check(
+            "layout_range",
+            &output.layout_range,
+            DType::I64,
+            [l, r].into(),
+        )?,
+        ..call
+    })
+}
+
+fn two_dimensions(field: &'static str, tensor: &TensorRef<'_>) -> ArgumentError {
+    ArgumentError::Rank {
+        field,
+        expected: 2,
+        got: tensor.dims(),
+    }
+}
+
+fn in_range(field: &'static str, got: usize, min: u32, max: u32) -> Result<u32, ArgumentError> {
+    match u32::try_from(got) {
+        Ok(value) if (min..=max).contains(&value) => Ok(value),
+        _ => Err(ArgumentError::Range {
+            field,
+            got,
+            min: min as usize,
+            max: max as usize,
+        }),
+    }
+}

@@ -1,0 +1,202 @@
+//! Filling the kernels' arguments and launching: the only unsafe code of the crate.
+//!
+//! Every address in the arguments is either of a resource that [`DeviceState`] holds, or of a tensor
+//! that has been checked. A tensor's address is of memory that a [`Tensor`](crate::Tensor) owns, or
+//! a caller vouched for it with one of the unsafe constructors here.
+
+#![allow(
+    unsafe_code,
+    reason = "launches kernels on addresses, and declares the constructors that vouch for addresses"
+)]
+
+use std::sync::Arc;
+
+use ep_kernels::{Kernels, LaunchError, ffi};
+use ep_sys::{DeviceOrdinal, DevicePtr, Driver, StreamHandle};
+
+use crate::state::DeviceState;
+use crate::tensor::{DType, Dims, Raw};
+use crate::{Device, Stream, TensorMut, TensorRef};
+
+impl Device {
+    /// A device with kernels of the caller's choice.
+    ///
+    /// # Safety
+    /// `kernels` must be able to follow the addresses that `driver` gives for device `ordinal`:
+    /// host kernels only those of a driver whose device memory is this process's own.
+    pub unsafe fn new(
+        driver: Arc<dyn Driver>,
+        kernels: Arc<dyn Kernels>,
+        ordinal: DeviceOrdinal,
+    ) -> Self {
+        Self::from_parts(driver, kernels, ordinal)
+    }
+}
+
+impl Stream {
+    /// A caller's own stream, such as a framework's current one. Zero is the legacy default stream.
+    ///
+    /// # Safety
+    /// `raw` must be a live stream (`CUstream`) of the device, and stay one until the value and its
+    /// clones are gone. A buffer keeps a clone of the stream that it was last used with until it is
+    /// used with another or closed.
+    pub unsafe fn borrowed(device: &Device, raw: StreamHandle) -> Self {
+        Self::from_raw(device, raw)
+    }
+}
+
+impl<'a> TensorRef<'a> {
+    /// A caller's own memory.
+    ///
+    /// # Safety
+    /// `ptr` must be the address of a dense, row-major tensor of these elements and sizes in memory
+    /// that `device` can read, until every operation that was given the view has been passed by its
+    /// stream.
+    pub unsafe fn from_raw(
+        device: &'a Device,
+        ptr: DevicePtr,
+        dtype: DType,
+        dims: impl Into<Dims>,
+    ) -> Self {
+        let dims = dims.into();
+        Self::new(Raw {
+            ptr,
+            dtype,
+            dims,
+            device,
+        })
+    }
+}
+
+impl<'a> TensorMut<'a> {
+    /// A caller's own memory.
+    ///
+    /// # Safety
+    /// `ptr` must be the address of a dense, row-major tensor of these elements and sizes in memory
+    /// that `device` can write and nothing else uses, until every operation that was given the view
+    /// has been passed by its stream.
+    pub unsafe fn from_raw(
+        device: &'a Device,
+        ptr: DevicePtr,
+        dtype: DType,
+        dims: impl Into<Dims>,
+    ) -> Self {
+        let dims = dims.into();
+        Self::new(Raw {
+            ptr,
+            dtype,
+            dims,
+            device,
+        })
+    }
+}
+
+/// A dispatch whose tensors have been checked: their addresses, 0 where there is none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Dispatch {
+    pub(crate) flags: u32,
+    pub(crate) slot: u32,
+    pub(crate) num_tokens: u32,
+    pub(crate) top_k: u32,
+    pub(crate) x: u64,
+    pub(crate) topk_idx: u64,
+    pub(crate) topk_weights: u64,
+    pub(crate) recv_x: u64,
+    pub(crate) recv_scales: u64,
+    pub(crate) recv_count: u64,
+    pub(crate) src_info: u64,
+    pub(crate) layout_range: u64,
+}
+
+/// A combine whose tensors have been checked: their addresses, 0 where there is none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Combine {
+    pub(crate) flags: u32,
+    pub(crate) slot: u32,
+    pub(crate) num_tokens: u32,
+    pub(crate) top_k: u32,
+    pub(crate) y: u64,
+    pub(crate) topk_weights: u64,
+    pub(crate) out: u64,
+}
+
+impl DeviceState {
+    pub(crate) fn dispatch(&self, call: &Dispatch, stream: &Stream) -> Result<(), LaunchError> {
+        let args = ffi::ep_dispatch_args {
+            struct_size: size_of::<ffi::ep_dispatch_args>() as u32,
+            flags: call.flags,
+            group: self.group(),
+            layout: self.layout.raw(),
+            handle: self.handle(call.slot, call.num_tokens, call.top_k),
+            x: call.x,
+            topk_idx: call.topk_idx,
+            topk_weights: call.topk_weights,
+            recv_x: call.recv_x,
+            recv_scales: call.recv_scales,
+            recv_count: call.recv_count,
+            src_info: call.src_info,
+            layout_range: call.layout_range,
+        };
+        // SAFETY: group, layout and handle are of this buffer, whose memory outlives its last
+        // operation, and every rank derived the same layout; the tensors were checked.
+        unsafe { self.device.kernels().dispatch(&args, stream.handle().0) }
+    }
+
+    pub(crate) fn combine(&self, call: &Combine, stream: &Stream) -> Result<(), LaunchError> {
+        let args = ffi::ep_combine_args {
+            struct_size: size_of::<ffi::ep_combine_args>() as u32,
+            flags: call.flags,
+            group: self.group(),
+            layout: self.layout.raw(),
+            handle: self.handle(call.slot, call.num_tokens, call.top_k),
+            y: call.y,
+            topk_weights: call.topk_weights,
+            out: call.out,
+        };
+        // SAFETY: as for dispatch; the slot was filled by a dispatch that was enqueued before.
+        unsafe { self.device.kernels().combine(&args, stream.handle().0) }
+    }
+
+    pub(crate) fn barrier(&self, spin_ns: u64, stream: &Stream) -> Result<(), LaunchError> {
+        let args = ffi::ep_barrier_args {
+            struct_size: size_of::<ffi::ep_barrier_args>() as u32,
+            reserved: 0,
+            group: self.group(),
+            layout: self.layout.raw(),
+            spin_ns,
+        };
+        // SAFETY: group and layout are of this buffer, as for dispatch.
+        unsafe { self.device.kernels().barrier(&args, stream.handle().0) }
+    }
+
+    fn group(&self) -> ffi::ep_group {
+        ffi::ep_group {
+            peer_table: self.table().0,
+            control: self.control.ptr().0,
+            faults: self.faults.device_address(),
+            timeout_ns: self.timeout_ns,
+            rank: self.rank,
+            num_ranks: self.shape.num_ranks,
+            num_experts: self.shape.num_experts,
+            max_tokens: self.shape.max_tokens,
+            hidden: self.shape.hidden,
+            max_top_k: self.shape.max_top_k,
+            // The driver counts devices in an int.
+            device: self.device.ordinal().0.cast_signed(),
+            num_sms: self.num_sms,
+        }
+    }
+
+    fn handle(&self, slot: u32, num_tokens: u32, top_k: u32) -> ffi::ep_handle {
+        let [route, recv_map, recv_rows] = self.slots.of(slot);
+        ffi::ep_handle {
+            route: route.0,
+            recv_map: recv_map.0,
+            recv_rows: recv_rows.0,
+            slot,
+            num_tokens,
+            top_k,
+            reserved: 0,
+        }
+    }
+}

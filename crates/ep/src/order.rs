@@ -1,0 +1,163 @@
+//! The order of a buffer's operations, which is the same on every rank.
+
+use crate::{Buffer, Error, Operation, Stream};
+
+/// What has been enqueued.
+#[derive(Debug, Default)]
+pub(crate) struct Order {
+    dispatch: Sequence,
+    combine: Sequence,
+    barrier: Sequence,
+    /// The last operation and its number.
+    last: Option<(Operation, u64)>,
+    /// The stream that it is on.
+    stream: Option<Stream>,
+    /// An operation that was sent and will never be received.
+    abandoned: Option<Operation>,
+}
+
+/// Operations of one kind. Kernels count the same, each part for itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sequence {
+    sent: u64,
+    received: u64,
+}
+
+/// Which parts of an operation are launched.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Parts {
+    Both,
+    Send,
+    Receive {
+        /// Of the operation, as it was sent.
+        number: u64,
+    },
+}
+
+impl Order {
+    /// Whether the next operation may be this one. At most `limit` are sent and not received.
+    pub(crate) fn admit(
+        &self,
+        rank: u32,
+        operation: Operation,
+        parts: Parts,
+        limit: u64,
+    ) -> Result<(), Error> {
+        if let Some(operation) = self.abandoned {
+            return Err(Error::Abandoned { rank, operation });
+        }
+        let Sequence { sent, received } = *self.sequence(operation);
+        let pending = sent - received;
+        match parts {
+            Parts::Both if pending > 0 => {}
+            Parts::Send if pending >= limit => {}
+            Parts::Receive { number } if number != received + 1 => {
+                return Err(Error::OutOfOrder {
+                    rank,
+                    operation,
+                    number,
+                    expected: received + 1,
+                });
+            }
+            Parts::Both | Parts::Send | Parts::Receive { .. } => return Ok(()),
+        }
+        Err(Error::Pending {
+            rank,
+            operation,
+            pending,
+        })
+    }
+
+    /// Notes an operation that has been launched, and gives its number.
+    pub(crate) fn launched(&mut self, operation: Operation, parts: Parts, stream: &Stream) -> u64 {
+        let sequence = self.sequence_mut(operation);
+        if !matches!(parts, Parts::Receive { .. }) {
+            sequence.sent += 1;
+        }
+        if !matches!(parts, Parts::Send) {
+            sequence.received += 1;
+        }
+        let number = match parts {
+            Parts::Receive { number } => number,
+            Parts::Both | Parts::Send => sequence.sent,
+        };
+        self.last = Some((operation, number));
+        if self.stream.as_ref().map(Stream::handle) != Some(stream.handle()) {
+            self.stream = Some(stream.clone());
+        }
+        number
+    }
+
+    pub(crate) fn abandon(&mut self, operation: Operation) {
+        self.abandoned.get_or_insert(operation);
+    }
+
+    pub(crate) fn last(&self) -> Option<(Operation, u64)> {
+        self.last
+    }
+
+    pub(crate) fn stream(&self) -> Option<&Stream> {
+        self.stream.as_ref()
+    }
+
+    fn sequence(&self, operation: Operation) -> &Sequence {
+        match operation {
+            Operation::Dispatch => &self.dispatch,
+            Operation::Combine => &self.combine,
+            Operation::Barrier => &self.barrier,
+        }
+    }
+
+    fn sequence_mut(&mut self, operation: Operation) -> &mut Sequence {
+        match operation {
+            Operation::Dispatch => &mut self.dispatch,
+            Operation::Combine => &mut self.combine,
+            Operation::Barrier => &mut self.barrier,
+        }
+    }
+}
+
+/// An operation that has been sent. Dropped before it is received, it tells its buffer.
+#[derive(Debug)]
+pub(crate) struct Unreceived<'b> {
+    buffer: &'b Buffer,
+    operation: Operation,
+    number: u64,
+    received: bool,
+}
+
+impl<'b> Unreceived<'b> {
+    pub(crate) fn new(buffer: &'b Buffer, operation: Operation, number: u64) -> Self {
+        Self {
+            buffer,
+            operation,
+            number,
+            received: false,
+        }
+    }
+
+    pub(crate) fn buffer(&self) -> &'b Buffer {
+        self.buffer
+    }
+
+    /// The part that is missing.
+    pub(crate) fn parts(&self) -> Parts {
+        Parts::Receive {
+            number: self.number,
+        }
+    }
+
+    /// Notes that it has been received.
+    pub(crate) fn received(mut self) -> (&'b Buffer, u64) {
+        self.received = true;
+        (self.buffer, self.number)
+    }
+}
+
+impl Drop for Unreceived<'_> {
+    fn drop(&mut self) {
+        if !self.received {
+            self.buffer.abandon(self.operation);
+        }
+    }
+}

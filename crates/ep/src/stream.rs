@@ -1,0 +1,136 @@
+//! Streams and events.
+
+use std::fmt;
+use std::sync::Arc;
+
+use ep_sys::{StreamHandle, vmm};
+
+use crate::{Device, Error};
+
+/// A stream of a device: work on it runs in order. Cheap to clone.
+///
+/// Made here, or a caller's own: see [`borrowed`](Self::borrowed).
+///
+/// ```
+/// # use ep::{Device, Stream, driver::DeviceOrdinal};
+/// # use ep_sim::{Cluster, SimDriver};
+/// # let device = Device::host(SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]), DeviceOrdinal(0));
+/// let stream = Stream::new(&device)?;
+/// stream.synchronize()?;
+/// # Ok::<(), ep::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Stream {
+    device: Device,
+    kind: Kind,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Owned(Arc<vmm::Stream>),
+    Borrowed(StreamHandle),
+}
+
+impl Stream {
+    /// Creates a stream that does not synchronise with the legacy default stream. It is destroyed
+    /// with its last clone; buffers keep one of the stream that they were last used with.
+    pub fn new(device: &Device) -> Result<Self, Error> {
+        let stream = vmm::Stream::new(device.driver(), device.ordinal())
+            .map_err(Error::driver("creating a stream"))?;
+        Ok(Self {
+            device: device.clone(),
+            kind: Kind::Owned(Arc::new(stream)),
+        })
+    }
+
+    pub(crate) fn from_raw(device: &Device, raw: StreamHandle) -> Self {
+        Self {
+            device: device.clone(),
+            kind: Kind::Borrowed(raw),
+        }
+    }
+
+    /// The driver's handle.
+    pub fn handle(&self) -> StreamHandle {
+        match &self.kind {
+            Kind::Owned(stream) => stream.handle(),
+            Kind::Borrowed(handle) => *handle,
+        }
+    }
+
+    /// The stream's device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Waits until all work on the stream has finished. Operations of a buffer finish within their
+    /// time-out, so the wait is bounded by them and by the caller's own work.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.device
+            .driver()
+            .stream_synchronize(self.device.ordinal(), self.handle())
+            .map_err(Error::driver("synchronising a stream"))
+    }
+
+    /// Lets later work on this stream wait for an event that has been recorded.
+    pub fn wait(&self, event: &Event) -> Result<(), Error> {
+        self.device
+            .driver()
+            .stream_wait_event(self.device.ordinal(), self.handle(), event.0.handle())
+            .map_err(Error::driver("letting a stream wait"))
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "stream {:#x} of {:?}", self.handle().0, self.device)
+    }
+}
+
+/// A point in a stream's work, with the time at which it was reached.
+///
+/// ```
+/// # use ep::{Device, Event, Stream, driver::DeviceOrdinal};
+/// # use ep_sim::{Cluster, SimDriver};
+/// # let device = Device::host(SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]), DeviceOrdinal(0));
+/// let stream = Stream::new(&device)?;
+/// let (start, end) = (Event::new(&device)?, Event::new(&device)?);
+/// start.record(&stream)?;
+/// end.record(&stream)?;
+/// end.synchronize()?;
+/// assert!(end.elapsed_us(&start)? >= 0.0);
+/// # Ok::<(), ep::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Event(vmm::Event);
+
+impl Event {
+    /// Creates an event that can be timed.
+    pub fn new(device: &Device) -> Result<Self, Error> {
+        vmm::Event::new(device.driver(), device.ordinal(), true)
+            .map(Self)
+            .map_err(Error::driver("creating an event"))
+    }
+
+    /// Records the event behind the work that is on the stream now.
+    pub fn record(&self, stream: &Stream) -> Result<(), Error> {
+        self.0
+            .record(stream.handle())
+            .map_err(Error::driver("recording an event"))
+    }
+
+    /// Waits until the event has been reached.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.0
+            .synchronize()
+            .map_err(Error::driver("waiting for an event"))
+    }
+
+    /// Microseconds from `start` to this event, both recorded and reached; exact to about half a
+    /// microsecond.
+    pub fn elapsed_us(&self, start: &Self) -> Result<f64, Error> {
+        self.0
+            .elapsed_us(&start.0)
+            .map_err(Error::driver("timing events"))
+    }
+}
