@@ -5,6 +5,7 @@
 //! with a driver of its own; its exit status says how it went.
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
@@ -27,17 +28,18 @@ fn driver(name: &str) -> Arc<dyn Driver> {
     }
 }
 
-/// Drivers of two processes of one host, by name: the parent's and the child's.
-fn pairs() -> Vec<(&'static str, &'static str)> {
-    let mut pairs = vec![("sim0", "sim1")];
+/// Whether this host has a GPU. Says why not; under `EP_GPU=require` there must be one.
+fn gpu_is_here() -> bool {
     match CudaDriver::load() {
-        Ok(_) => pairs.push(("cuda", "cuda")),
+        Ok(_) => true,
         Err(error) if std::env::var("EP_GPU").as_deref() == Ok("require") => {
             panic!("EP_GPU=require: {error}");
         }
-        Err(error) => eprintln!("skipped on GPUs: {error}"),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            false
+        }
     }
-    pairs
 }
 
 /// In a child: what to do.
@@ -88,63 +90,76 @@ fn answer(driver: &Arc<dyn Driver>, ptr: DevicePtr) {
 
 #[test]
 fn ipc() {
+    ipc_between("ipc", "sim0", "sim1");
+}
+
+#[test]
+fn ipc_on_a_gpu() {
+    if gpu_is_here() {
+        ipc_between("ipc_on_a_gpu", "cuda", "cuda");
+    }
+}
+
+fn ipc_between(test: &str, here: &str, there: &str) {
     if let Some(task) = task() {
         let driver = driver(&task[0]);
         let mapping = IpcMapping::open(&driver, DEVICE, &unhex(&task[1])).unwrap();
         answer(&driver, mapping.ptr());
         return mapping.close().unwrap();
     }
-    for (here, there) in pairs() {
-        let driver = driver(here);
-        let memory = DeviceMemory::new(&driver, DEVICE, GRANULE).unwrap();
-        driver
-            .copy_to_device(DEVICE, memory.ptr(), b"question")
-            .unwrap();
-        succeed(child("ipc", &[there, &hex(&memory.ipc_handle().unwrap())]));
-        assert_eq!(
-            &read::<6>(&driver, memory.ptr().offset(GRANULE - 6)),
-            b"answer",
-            "{here}"
-        );
-        memory.close().unwrap();
-    }
+    let driver = driver(here);
+    let memory = DeviceMemory::new(&driver, DEVICE, GRANULE).unwrap();
+    driver
+        .copy_to_device(DEVICE, memory.ptr(), b"question")
+        .unwrap();
+    succeed(child(test, &[there, &hex(&memory.ipc_handle().unwrap())]));
+    assert_eq!(
+        &read::<6>(&driver, memory.ptr().offset(GRANULE - 6)),
+        b"answer"
+    );
+    memory.close().unwrap();
 }
 
 #[test]
 fn descriptors() {
+    descriptors_between("descriptors", "sim0", "sim1");
+}
+
+#[test]
+fn descriptors_on_a_gpu() {
+    if gpu_is_here() {
+        descriptors_between("descriptors_on_a_gpu", "cuda", "cuda");
+    }
+}
+
+fn descriptors_between(test: &str, here: &str, there: &str) {
     if let Some(task) = task() {
         let driver = driver(&task[0]);
         // The descriptor arrived as standard input.
-        let fd = std::os::fd::AsFd::as_fd(&std::io::stdin())
-            .try_clone_to_owned()
-            .unwrap();
+        let fd = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
         let handle = ShareableHandle::PosixFd(fd);
         let imported = Physical::import(&driver, DEVICE, &handle, GRANULE).unwrap();
         let mapping = Mapping::new(imported, 0).unwrap();
         answer(&driver, mapping.ptr());
         return mapping.close().unwrap();
     }
-    for (here, there) in pairs() {
-        let driver = driver(here);
-        let physical =
-            Physical::create(&driver, DEVICE, GRANULE, HandleKind::PosixFd, false).unwrap();
-        let ShareableHandle::PosixFd(fd) = physical.export(HandleKind::PosixFd).unwrap() else {
-            panic!("a descriptor");
-        };
-        let mapping = Mapping::new(physical, 0).unwrap();
-        driver
-            .copy_to_device(DEVICE, mapping.ptr(), b"question")
-            .unwrap();
-        let mut command = child("descriptors", &[there]);
-        command.stdin(fd);
-        succeed(command);
-        assert_eq!(
-            &read::<6>(&driver, mapping.ptr().offset(GRANULE - 6)),
-            b"answer",
-            "{here}"
-        );
-        mapping.close().unwrap();
-    }
+    let driver = driver(here);
+    let physical = Physical::create(&driver, DEVICE, GRANULE, HandleKind::PosixFd, false).unwrap();
+    let ShareableHandle::PosixFd(fd) = physical.export(HandleKind::PosixFd).unwrap() else {
+        panic!("a descriptor");
+    };
+    let mapping = Mapping::new(physical, 0).unwrap();
+    driver
+        .copy_to_device(DEVICE, mapping.ptr(), b"question")
+        .unwrap();
+    let mut command = child(test, &[there]);
+    command.stdin(fd);
+    succeed(command);
+    assert_eq!(
+        &read::<6>(&driver, mapping.ptr().offset(GRANULE - 6)),
+        b"answer"
+    );
+    mapping.close().unwrap();
 }
 
 #[test]
