@@ -17,16 +17,18 @@ __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_b
     const uint64_t until = arch::globaltimer_ns() + args.spin_ns;
     while (arch::globaltimer_ns() < until) {
     }
-    shared_epoch = begin_part(control, kBarrier);
+    shared_epoch = epoch_of(control, kBarrier);
+    advance(control, kBarrier, shared_epoch);
   }
   __syncthreads();
   const uint64_t epoch = shared_epoch;
   for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
-    if (!takes_part(g, control, r)) continue;
-    arch::st_release_sys_u64(reinterpret_cast<void*>(peer_base(g, r) + args.layout.barrier + g.rank * kLine), epoch);
+    const uint64_t peer = partner_base(g, control, r);
+    if (peer == 0) continue;
+    arch::st_release_sys_u64(reinterpret_cast<void*>(peer + args.layout.barrier + g.rank * kLine), epoch);
   }
   for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
-    if (!takes_part(g, control, r)) continue;
+    if (partner_base(g, control, r) == 0) continue;
     const void* from = reinterpret_cast<const void*>(peer_base(g, g.rank) + args.layout.barrier + r * kLine);
     Patience patience;
     // A peer may already be at a later barrier.

@@ -15,8 +15,8 @@
 namespace ep {
 namespace {
 
-constexpr uint32_t kSendThreads = 512;
-constexpr uint32_t kRecvThreads = 512;
+constexpr uint32_t kSendThreads = 448;
+constexpr uint32_t kRecvThreads = 448;
 constexpr uint32_t kSendWarps = kSendThreads / 32;
 constexpr uint32_t kRecvWarps = kRecvThreads / 32;
 constexpr uint32_t kNowhere = ~0u;
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint4 pack(const Channels& c) {
 
 // Pushes a token's weights to the owners of its experts, in the order of their rows' entries. One warp.
 template <class P>
-__device__ __forceinline__ void push_weights(const P& p, uint32_t token, uint64_t epoch) {
+__device__ __forceinline__ void push_weights(const P& p, uint32_t token, const uint64_t* partners, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const uint32_t k = threadIdx.x % 32;
   const LaneInLine lane;
@@ -111,10 +111,11 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, uint64_
           if (at % 4 == c) piece[c] = w;
       }
     }
-    if (lane.line < p.a.layout.weight_lines) {
+    const uint64_t partner = partners[to >> 16];
+    if (partner != 0 && lane.line < p.a.layout.weight_lines) {
       uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]), __float_as_uint(piece[3])};
       if (lane.last()) v = seal({v.x, v.y}, epoch);
-      const uint64_t base = p.weights_at(peer_base(g, to >> 16), g.rank, to & 0xffff);
+      const uint64_t base = p.weights_at(partner, g.rank, to & 0xffff);
       arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16, v);
     }
   }
@@ -122,7 +123,7 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, uint64_
 
 // Reduces some lines of one received row and stores them to the row's source. One warp.
 template <class P>
-__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source, uint32_t slot, uint32_t first_line) {
+__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source, uint64_t partner, uint32_t slot, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
@@ -198,7 +199,7 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
     }
   }
 
-  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(peer_base(g, source), g.rank, slot)) + lane.piece * 16;
+  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(partner, g.rank, slot)) + lane.piece * 16;
 #pragma unroll
   for (uint32_t i = 0; i < kSendPieces; ++i) {
     const uint32_t line = first_line + i * kLinesPerWarp + lane.line;
@@ -209,9 +210,8 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
 }
 
 template <class P>
-__device__ __forceinline__ void send(const P& p, const uint32_t* source_rows, uint64_t epoch) {
+__device__ __forceinline__ void send(const P& p, const uint64_t* partners, const uint32_t* source_rows, uint64_t epoch) {
   const ep_group& g = p.a.group;
-  const Control control(g);
   uint32_t most = 0;
   for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
   constexpr uint32_t kUnitLines = kSendPieces * kLinesPerWarp;
@@ -223,8 +223,9 @@ __device__ __forceinline__ void send(const P& p, const uint32_t* source_rows, ui
     // Each rank begins with another source, so that at any time ranks send to different ones.
     const uint32_t source = (row + g.rank + 1) % g.num_ranks;
     const uint32_t slot = row / g.num_ranks;
-    if (slot < source_rows[source] && takes_part(g, control, source))
-      send_unit(p, epoch, source, slot, u % units_per_row * kUnitLines);
+    const uint64_t partner = partners[source];
+    if (slot < source_rows[source] && partner != 0)
+      send_unit(p, epoch, source, partner, slot, u % units_per_row * kUnitLines);
   }
 }
 
@@ -241,7 +242,8 @@ __device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_
   if (thread < p.a.handle.top_k)
     route = reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
 
-  const uint8_t* own = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank)) + lane.piece * 16;
+  const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank));
+  const uint8_t* own = base + lane.piece * 16;
   Channels sum = {};
   bool any = false;
   uint32_t next = __reduce_min_sync(~0u, route);
@@ -273,7 +275,19 @@ __device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_
       for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
         if ((missing >> i & 1) != 0 && __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
           missing &= ~(1u << i);
-      if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) {
+      if (missing == 0) break;
+      // Watch one partial's epochs only: many warps wait here, and what they read while they wait,
+      // others cannot.
+      const uint32_t watched_at = __ffs(missing) - 1;
+      uint32_t watched = at[0];
+#pragma unroll
+      for (uint32_t i = 1; i < kPartialsAtOnce; ++i)
+        if (watched_at == i) watched = at[i];
+      const uint8_t* flag = base + uint64_t{watched} * kLine + kLine - sizeof(uint64_t);
+      bool over = false;
+      while (!over && __any_sync(~0u, mine && arch::ld_relaxed_sys_u64(flag) != epoch))
+        over = __any_sync(~0u, patience.expired(g, kCombineRecv, epoch));
+      if (over) {
         absent = missing;
         uint32_t mine_at = at[0];
 #pragma unroll
@@ -316,27 +330,39 @@ __device__ __forceinline__ void receive(const P& p, uint64_t epoch) {
 
 template <uint32_t H>
 __global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1) combine(const __grid_constant__ ep_combine_args args) {
-  extern __shared__ uint32_t source_rows[];
+  extern __shared__ uint64_t partners[];  // [R], then source_rows u32 [R]
   __shared__ uint64_t send_epoch;
   __shared__ uint64_t recv_epoch;
   const Problem<H> p(args);
   const ep_group& g = args.group;
+  const Control control(g);
+  uint32_t* source_rows = reinterpret_cast<uint32_t*>(partners + g.num_ranks);
   const bool sends = (args.flags & EP_COMBINE_SEND) != 0;
   const bool receives = (args.flags & EP_COMBINE_RECV) != 0;
-  if (threadIdx.x == 0 && sends) send_epoch = begin_part(Control(g), kCombineSend);
-  if (threadIdx.x == kSendThreads && receives) recv_epoch = begin_part(Control(g), kCombineRecv);
-  for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kSendThreads + kRecvThreads)
-    source_rows[r] = reinterpret_cast<const uint32_t*>(args.handle.recv_rows)[r];
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) send_epoch = epoch_of(control, kCombineSend);
+  if (threadIdx.x == kSendThreads) recv_epoch = epoch_of(control, kCombineRecv);
+  if (warp == 1)
+    for (uint32_t r = lane; r < g.num_ranks; r += 32) partners[r] = partner_base(g, control, r);
+  if (warp == 2)
+    for (uint32_t r = lane; r < g.num_ranks; r += 32)
+      source_rows[r] = reinterpret_cast<const uint32_t*>(args.handle.recv_rows)[r];
   __syncthreads();
+  // The warp that has the least to do.
+  if (warp == kSendWarps + kRecvWarps - 1) {
+    if (lane == 0 && sends) advance(control, kCombineSend, send_epoch);
+    if (lane == 1 && receives) advance(control, kCombineRecv, recv_epoch);
+    __syncwarp();
+  }
 
-  if (threadIdx.x < kSendThreads) {
-    if (sends) send(p, source_rows, send_epoch);
+  if (warp < kSendWarps) {
+    if (sends) send(p, partners, source_rows, send_epoch);
     return;
   }
   if (sends && (args.flags & EP_COMBINE_WEIGHTS) != 0) {
-    const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
-    for (uint32_t t = warp * gridDim.x + blockIdx.x; t < args.handle.num_tokens; t += kRecvWarps * gridDim.x)
-      push_weights(p, t, send_epoch);
+    for (uint32_t t = (warp - kSendWarps) * gridDim.x + blockIdx.x; t < args.handle.num_tokens; t += kRecvWarps * gridDim.x)
+      push_weights(p, t, partners, send_epoch);
   }
   if (receives) receive(p, recv_epoch);
 }
@@ -372,7 +398,7 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream, 
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) {
     CombineKernel* kernel = kernel_for(args->group.hidden);
-    kernel<<<grid, kSendThreads + kRecvThreads, 4 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(*args);
+    kernel<<<grid, kSendThreads + kRecvThreads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(*args);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

@@ -1,10 +1,12 @@
 // Dispatch: every token once to each rank that owns one of its experts, spread there over the experts.
 //
-// A block has two halves that never wait for each other. The sending half takes tokens: it counts the
-// entries before them (a slot is a prefix sum in token order, so the same input gives the same bits),
-// quantises, and stores whole lines to the peers. One block's sending half first tells every rank its
-// counts. The receiving half places rows: it reads all sources' counts, sums them, and copies each row
-// from the lines to its experts' places as the lines arrive. No block waits for another block.
+// Warps of a block have one task each and wait for no other block:
+//   senders   count the entries before the block's tokens, quantise, and store whole lines to the peers;
+//   a router  gives each token its slots, so that the same input gives the same bits: a slot is a
+//             prefix sum in token order;
+//   readers   poll all sources' counts and sum them to where each source's rows begin;
+//   placers   take a row's lines as they arrive and copy them to the row's experts.
+// The last block first tells every rank its counts.
 
 #include <cuda_bf16.h>
 
@@ -16,43 +18,62 @@
 namespace ep {
 namespace {
 
-constexpr uint32_t kSendThreads = 512;
-constexpr uint32_t kRecvThreads = 512;
-constexpr uint32_t kSendWarps = kSendThreads / 32;
-constexpr uint32_t kRecvWarps = kRecvThreads / 32;
+constexpr uint32_t kSenderWarps = 14;
+constexpr uint32_t kPlacerWarps = 11;
+constexpr uint32_t kReaderWarps = 2;
+constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
+constexpr uint32_t kFirstReader = kRouterWarp + 1;
+constexpr uint32_t kThreads = 32 * (kFirstReader + kReaderWarps);
+constexpr uint32_t kReaders = 32 * kReaderWarps;
+constexpr uint32_t kSenders = 32 * kSenderWarps;
+constexpr uint32_t kSendersAndRouter = kSenders + 32;
+
+// Named barriers.
 constexpr uint32_t kSendBarrier = 1;
-constexpr uint32_t kRecvBarrier = 2;
-constexpr uint32_t kBatch = 4;            // tokens routed at once
-constexpr uint32_t kLoads = 4;            // line loads in flight per lane and unit of receiving
+constexpr uint32_t kCountedBarrier = 2;
+constexpr uint32_t kRoutedBarrier = 3;  // and 4: by batch parity
+constexpr uint32_t kFreeBarrier = 5;    // and 6
+constexpr uint32_t kReadBarrier = 7;
+
+constexpr uint32_t kBatch = 4;  // tokens routed at once
+constexpr uint32_t kLoads = 4;  // line loads in flight per lane and unit of placing
 constexpr uint32_t kUnitLines = kLoads * kLinesPerWarp;
 constexpr uint32_t kNowhere = ~0u;
 constexpr uint32_t kChannelsPerScale = 128;
 
+struct Fixed {
+  uint64_t send_epoch;
+  uint64_t recv_epoch;
+  uint32_t placeable;  // set by the readers once `begin` and `source_rows` are complete
+};
+
 // Offsets of what a block keeps in its dynamic shared memory.
 struct Shared {
-  // Receiving half.
-  uint32_t source_rows;  // u32 [R] rows from each source
-  uint32_t begin;        // u32 [L][R + 1] first row of each source
-  // Sending half.
+  uint32_t fixed;         // Fixed
+  uint32_t partners;      // u64 [R] bases of the ranks that take part, else 0
+  uint32_t source_rows;   // u32 [R] rows from each source
+  uint32_t begin;         // u32 [L][R + 1] first row of each source
   uint32_t rank_rows;     // u32 [R] rows for each rank so far
   uint32_t expert_rows;   // u32 [E] entries of each expert so far
-  uint32_t destinations;  // u32 [kBatch] how many
-  uint32_t row_base;      // u64 [kBatch][D] where a token's row goes at each of its destinations
-  uint32_t header;        // u64 [kBatch][D][1 + K]
+  uint32_t destinations;  // u32 [2][kBatch] how many
+  uint32_t row_base;      // u64 [2][kBatch][D] where a token's row goes at each of its destinations
+  uint32_t header;        // u64 [2][kBatch][D][1 + K]
   uint32_t scales;        // u32 [2][scale_stride]
   uint32_t body;          // u8 [2][H] quantised rows
   uint32_t bytes;
 
   __host__ __device__ Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
     const uint32_t d = max_destinations(g, top_k);
-    source_rows = 0;
+    fixed = 0;
+    partners = align16(sizeof(Fixed));
+    source_rows = align16(partners + 8 * g.num_ranks);
     begin = align16(source_rows + 4 * g.num_ranks);
     rank_rows = align16(begin + 4 * (g.num_experts / g.num_ranks) * (g.num_ranks + 1));
     expert_rows = align16(rank_rows + 4 * g.num_ranks);
     destinations = align16(expert_rows + 4 * g.num_experts);
-    row_base = destinations + 4 * kBatch;
-    header = row_base + 8 * kBatch * d;
-    scales = align16(header + 8 * kBatch * d * (1 + top_k));
+    row_base = align16(destinations + 4 * 2 * kBatch);
+    header = row_base + 8 * 2 * kBatch * d;
+    scales = align16(header + 8 * 2 * kBatch * d * (1 + top_k));
     body = scales + (fp8 ? 2 * 4 * scale_stride(hidden) : 0);
     bytes = body + (fp8 ? 2 * hidden : 0);
   }
@@ -93,13 +114,16 @@ struct Problem {
   __device__ __forceinline__ uint32_t row_bytes() const { return hidden() * (FP8 ? 1 : 2); }
   // All rows together are fewer than 2^31 (ep_layout's maker checks it).
   __device__ __forceinline__ uint32_t rows_per_expert() const { return a.group.num_ranks * a.group.max_tokens; }
+  __device__ __forceinline__ uint32_t ring_index(uint64_t epoch) const {
+    return static_cast<uint32_t>(epoch) & (a.layout.ring - 1);
+  }
   // Where `source`'s part of this epoch's counts and rows stands in the buffer at `base`.
   __device__ __forceinline__ uint64_t counts_at(uint64_t base, uint32_t source, uint64_t epoch) const {
-    return base + a.layout.counts + epoch % a.layout.ring * a.layout.counts_ring_stride +
+    return base + a.layout.counts + ring_index(epoch) * a.layout.counts_ring_stride +
            source * a.layout.counts_source_stride;
   }
   __device__ __forceinline__ uint64_t rows_at(uint64_t base, uint32_t source, uint64_t epoch) const {
-    return base + a.layout.rows + epoch % a.layout.ring * a.layout.rows_ring_stride +
+    return base + a.layout.rows + ring_index(epoch) * a.layout.rows_ring_stride +
            source * a.layout.rows_source_stride;
   }
 };
@@ -121,97 +145,117 @@ struct EntryLane {
   __device__ __forceinline__ uint32_t tokens_per_warp() const { return 32 / width; }
 };
 
-enum Entry : uint32_t { kNone, kValid, kOutOfRange, kRepeated };
+enum Kind : uint32_t { kNone, kValid, kOutOfRange, kRepeated };
 
-// Classifies the entry of each lane; all lanes of the warp take part. Lanes without an entry pass -1.
-__device__ __forceinline__ Entry classify(int64_t id, uint32_t num_experts, uint32_t token) {
-  const bool in_range = id >= 0 && id < static_cast<int64_t>(num_experts);
-  const uint32_t lane = threadIdx.x % 32;
-  // Entries that are no experts match nobody.
-  const uint32_t key = in_range ? token * EP_MAX_EXPERTS + static_cast<uint32_t>(id) : ~lane;
-  const uint32_t same = __match_any_sync(~0u, key);
-  if (!in_range) return id == -1 ? kNone : kOutOfRange;
-  return (same & ((1u << lane) - 1)) != 0 ? kRepeated : kValid;
-}
+// What a lane's entry is, and whether it is the token's first valid one with its owner.
+struct Entry {
+  Kind kind;
+  uint32_t expert;
+  uint32_t owner;
+  bool leads;
+  __device__ __forceinline__ bool valid() const { return kind == kValid; }
+};
 
-// Lanes of the same token whose valid entry has the same owner; 0 for lanes without a valid entry.
-__device__ __forceinline__ uint32_t same_owner(bool valid, uint32_t token, uint32_t owner) {
-  const uint32_t lane = threadIdx.x % 32;
-  const uint32_t same = __match_any_sync(~0u, valid ? token * EP_MAX_RANKS + owner : ~lane);
-  return valid ? same : 0;
-}
-
-// Adds the entries of tokens [from, to) to the running counts. All sending threads call it.
+// Looks at the entries of all lanes of the warp; lanes without one pass -1. The lanes of a token are
+// compared one by one: `match` instructions take longer the more values differ.
 template <class P>
-__device__ __forceinline__ void count_entries(const P& p, const Shared& s, uint32_t from, uint32_t to) {
-  const uint32_t top_k = p.a.handle.top_k;
-  const EntryLane e(top_k);
-  const uint32_t warp = threadIdx.x / 32;
-  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
-  const uint32_t step = kSendWarps * e.tokens_per_warp();
-  auto load = [&](uint32_t base) -> int64_t {
-    const uint32_t t = base + warp * e.tokens_per_warp() + e.token;
-    return t < to && e.k < top_k ? ids[uint64_t{t} * top_k + e.k] : -1;
-  };
-  int64_t next = load(from);
-  for (uint32_t base = from; base < to; base += step) {
-    const int64_t id = next;
-    next = load(base + step);
-    const bool valid = classify(id, p.a.group.num_experts, e.token) == kValid;
-    const uint32_t expert = valid ? static_cast<uint32_t>(id) : 0;
-    const uint32_t owner = expert / p.local_experts;
-    const uint32_t same = same_owner(valid, e.token, owner);
-    if (valid) {
-      atomicAdd(&shared_at<uint32_t>(s.expert_rows)[expert], 1);
-      if (__ffs(same) - 1 == static_cast<int>(threadIdx.x % 32)) atomicAdd(&shared_at<uint32_t>(s.rank_rows)[owner], 1);
+__device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, int64_t id) {
+  const bool in_range = id >= 0 && id < static_cast<int64_t>(p.a.group.num_experts);
+  Entry entry;
+  entry.expert = in_range ? static_cast<uint32_t>(id) : kNowhere;
+  entry.owner = in_range ? entry.expert / p.local_experts : kNowhere;
+  bool repeated = false;
+  entry.leads = true;
+#pragma unroll 1
+  for (uint32_t back = 1; back < p.a.handle.top_k; ++back) {
+    const uint32_t expert = __shfl_up_sync(~0u, entry.expert, back, e.width);
+    const uint32_t owner = __shfl_up_sync(~0u, entry.owner, back, e.width);
+    if (e.k >= back) {
+      repeated |= expert == entry.expert;
+      // An earlier entry with this owner is valid, or repeats one that is.
+      entry.leads &= owner != entry.owner;
     }
+  }
+  entry.kind = !in_range ? (id == -1 ? kNone : kOutOfRange) : repeated ? kRepeated : kValid;
+  entry.leads &= entry.valid();
+  return entry;
+}
+
+// The entry that a sending thread looks at when the warps' tokens begin at `base`; -1 if it has none.
+template <class P>
+__device__ __forceinline__ int64_t load_entry(const P& p, const EntryLane& e, uint32_t base, uint32_t to) {
+  const uint32_t t = base + threadIdx.x / 32 * e.tokens_per_warp() + e.token;
+  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
+  return t < to && e.k < p.a.handle.top_k ? ids[uint64_t{t} * p.a.handle.top_k + e.k] : -1;
+}
+
+// Adds the entries of tokens [0, to) to the running counts; `first` is load_entry at 0. All senders.
+template <class P>
+__device__ __forceinline__ void count_entries(const P& p, const Shared& s, const EntryLane& e, int64_t first, uint32_t to) {
+  const uint32_t step = kSenderWarps * e.tokens_per_warp();
+  int64_t next = first;
+#pragma unroll 1
+  for (uint32_t base = 0; base < to; base += step) {
+    // `first` may have been loaded beyond `to`.
+    const bool counts = base + threadIdx.x / 32 * e.tokens_per_warp() + e.token < to;
+    const int64_t id = counts ? next : -1;
+    next = load_entry(p, e, base + step, to);
+    const Entry entry = classify(p, e, id);
+    if (entry.valid()) atomicAdd(&shared_at<uint32_t>(s.expert_rows)[entry.expert], 1);
+    if (entry.leads) atomicAdd(&shared_at<uint32_t>(s.rank_rows)[entry.owner], 1);
   }
 }
 
 __device__ __forceinline__ void clear_counts(const Shared& s, const ep_group& g) {
-  for (uint32_t i = threadIdx.x; i < g.num_ranks; i += kSendThreads) shared_at<uint32_t>(s.rank_rows)[i] = 0;
-  for (uint32_t i = threadIdx.x; i < g.num_experts; i += kSendThreads) shared_at<uint32_t>(s.expert_rows)[i] = 0;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < g.num_ranks; i += kSenders) shared_at<uint32_t>(s.rank_rows)[i] = 0;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < g.num_experts; i += kSenders) shared_at<uint32_t>(s.expert_rows)[i] = 0;
 }
 
-// Tells every rank how many rows it gets, and how many of them go to each of its experts.
+// Tells every rank how many rows it gets, and how many of them go to each of its experts. All senders.
 template <class P>
-__device__ __forceinline__ void send_counts(const P& p, const Shared& s, const Control& control, uint64_t epoch) {
+__device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const uint32_t per_rank = p.local_experts + 1;
-  for (uint32_t i = threadIdx.x; i < g.num_ranks * per_rank; i += kSendThreads) {
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < g.num_ranks * per_rank; i += kSenders) {
     const uint32_t rank = i / per_rank;
     const uint32_t at = i % per_rank;
-    if (!takes_part(g, control, rank)) continue;
-    const uint32_t value = at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank] : shared_at<uint32_t>(s.expert_rows)[rank * p.local_experts + at - 1];
-    uint64_t* to = reinterpret_cast<uint64_t*>(p.counts_at(peer_base(g, rank), g.rank, epoch)) + at;
-    arch::st_relaxed_sys_u64(to, packet(value, epoch));
+    const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
+    if (partner == 0) continue;
+    const uint32_t value = at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank]
+                                   : shared_at<uint32_t>(s.expert_rows)[rank * p.local_experts + at - 1];
+    arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(p.counts_at(partner, g.rank, epoch)) + at, packet(value, epoch));
   }
 }
 
-// Routes one token: slots, positions, header and destinations. One warp; K lanes have an entry.
+// Routes one token: slots, positions, header and destinations, left at `place` of the batches. One warp;
+// a lane has an
+// entry. Of the blocks that share a token, one `writes` what this rank keeps.
 template <class P>
-__device__ __forceinline__ void route_token(const P& p, const Shared& s, const Control& control, uint64_t epoch,
-                                            uint32_t token, uint32_t in_batch, int64_t id) {
+__device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_t epoch, uint32_t token, uint32_t place,
+                                            bool writes, int64_t id, float weight) {
   const ep_group& g = p.a.group;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
-  const Entry kind = classify(id, g.num_experts, 0);
-  if (kind == kOutOfRange || kind == kRepeated)
-    record_fault(g, kDispatchSend, epoch, kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
+  const Entry entry = classify(p, EntryLane(32), id);
+  if (writes && (entry.kind == kOutOfRange || entry.kind == kRepeated))
+    record_fault(g, kDispatchSend, epoch, entry.kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
                  EP_PHASE_SEND, g.rank, token, id);
-  const bool valid = kind == kValid;
-  const uint32_t expert = valid ? static_cast<uint32_t>(id) : 0;
-  const uint32_t owner = expert / p.local_experts;
-  const uint32_t same = same_owner(valid, 0, owner);
-  const bool leads = valid && __ffs(same) - 1 == static_cast<int>(lane);
-  const bool reachable = valid && takes_part(g, control, owner);
+  const bool valid = entry.valid();
+  const uint32_t owner = valid ? entry.owner : 0;
+  const uint32_t same = __match_any_sync(~0u, valid ? owner : ~lane);
+  const bool leads = entry.leads;
+  const uint64_t partner = shared_at<uint64_t>(s.partners)[owner];
+  const bool reachable = valid && partner != 0;
 
   uint32_t slot = 0;
   if (leads) slot = shared_at<uint32_t>(s.rank_rows)[owner]++;
-  slot = __shfl_sync(~0u, slot, same != 0 ? __ffs(same) - 1 : 0);
+  slot = __shfl_sync(~0u, slot, __ffs(same) - 1);
   uint32_t position = 0;
-  if (valid) position = shared_at<uint32_t>(s.expert_rows)[expert]++;
-  if (leads && peer_base(g, owner) == 0)
+  if (valid) position = shared_at<uint32_t>(s.expert_rows)[entry.expert]++;
+  if (leads && !reachable && peer_base(g, owner) == 0)
     record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token);
 
   // Destinations in the order of ranks after this one, so that at any time ranks send to different
@@ -219,26 +263,24 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, const C
   const uint32_t turn = (owner + g.num_ranks - g.rank - 1) % g.num_ranks;
   uint32_t index = 0;
   const uint32_t leaders = __ballot_sync(~0u, leads && reachable);
+#pragma unroll 1
   for (uint32_t rest = leaders; rest != 0; rest &= rest - 1) {
     const uint32_t other = __shfl_sync(~0u, turn, __ffs(rest) - 1);
     index += other < turn;
   }
   const uint32_t max_destinations = Shared::max_destinations(g, top_k);
-  uint64_t* header = shared_at<uint64_t>(s.header) + (in_batch * max_destinations + index) * (1 + top_k);
+  uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + index) * (1 + top_k);
   if (reachable) {
-    const float* weights = reinterpret_cast<const float*>(p.a.topk_weights);
-    const float weight =
-        (p.a.flags & EP_DISPATCH_WEIGHTS) != 0 ? weights[uint64_t{token} * top_k + lane] : 1.0f;
     const uint32_t at = __popc(same & ((1u << lane) - 1));
-    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 | expert % p.local_experts;
+    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 | (entry.expert - owner * p.local_experts);
     if (leads) {
       header[0] = uint64_t{static_cast<uint32_t>(__popc(same))} << 32 | token;
-      shared_at<uint64_t>(s.row_base)[in_batch * max_destinations + index] =
-          p.rows_at(peer_base(g, owner), g.rank, epoch) + slot * p.a.layout.row_stride;
+      shared_at<uint64_t>(s.row_base)[place * max_destinations + index] =
+          p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride;
     }
   }
-  if (lane == 0) shared_at<uint32_t>(s.destinations)[in_batch] = __popc(leaders);
-  if (lane < top_k) {
+  if (lane == 0) shared_at<uint32_t>(s.destinations)[place] = __popc(leaders);
+  if (writes && lane < top_k) {
     uint32_t* route = reinterpret_cast<uint32_t*>(p.a.handle.route) + uint64_t{token} * g.max_top_k;
     route[lane] = reachable ? owner << 16 | slot : kNowhere;
   }
@@ -264,21 +306,29 @@ __device__ __forceinline__ float2 bf16x2_to_float2(uint32_t v) {
   return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
 }
 
-// Quantises a token into shared memory. A thread has 16 channels, eight threads share a scale.
+// Sixteen channels of a token.
+struct Group16 {
+  uint4 half[2];
+};
+
 template <class P>
-__device__ __forceinline__ void quantise(const P& p, uint32_t token, uint8_t* body, uint32_t* scales) {
-  const uint8_t* x = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2;
+__device__ __forceinline__ Group16 load_group(const P& p, uint32_t token, uint32_t group) {
+  const uint8_t* x = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2 + 32 * group;
+  if (group >= p.hidden() / 16) return {};
+  return {arch::ld_stream_v4(x), arch::ld_stream_v4(x + 16)};
+}
+
+// Quantises a token into shared memory. A sender has 16 channels at a time, eight share a scale;
+// `first` is load_group of the thread's first group.
+template <class P>
+__device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 first, uint8_t* body, uint32_t* scales) {
   const uint32_t groups = p.hidden() / 16;
   const bool pow2 = (p.a.flags & EP_DISPATCH_POW2) != 0;
-  for (uint32_t base = 0; base < groups; base += kSendThreads) {
+  for (uint32_t base = 0; base < groups; base += kSenders) {
     const uint32_t i = base + threadIdx.x;
-    const bool mine = i < groups;
-    uint4 half[2] = {};
-    if (mine) {
-      half[0] = arch::ld_stream_v4(x + 32 * i);
-      half[1] = arch::ld_stream_v4(x + 32 * i + 16);
-    }
-    const uint32_t word[8] = {half[0].x, half[0].y, half[0].z, half[0].w, half[1].x, half[1].y, half[1].z, half[1].w};
+    const Group16 in = base == 0 ? first : load_group(p, token, i);
+    const uint32_t word[8] = {in.half[0].x, in.half[0].y, in.half[0].z, in.half[0].w,
+                              in.half[1].x, in.half[1].y, in.half[1].z, in.half[1].w};
     float amax = 0.0f;
 #pragma unroll
     for (uint32_t w : word) {
@@ -296,7 +346,7 @@ __device__ __forceinline__ void quantise(const P& p, uint32_t token, uint8_t* bo
       q[w] = arch::cvt_e4m3x2_rn_satfinite(lo.x * scale.multiply, lo.y * scale.multiply) |
              arch::cvt_e4m3x2_rn_satfinite(hi.x * scale.multiply, hi.y * scale.multiply) << 16;
     }
-    if (mine) {
+    if (i < groups) {
       reinterpret_cast<uint4*>(body)[i] = {q[0], q[1], q[2], q[3]};
       if (i % 8 == 0) {
         if (p.ue8m0())
@@ -328,21 +378,48 @@ __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, con
   return seal(data, epoch);
 }
 
-// Stores one routed token to its destinations.
+// What a block sends: tokens [from, to), and of their destinations every `stride`th from `first` on.
+// Blocks share the destinations of a token where there are more blocks than tokens, because one
+// multiprocessor alone stores far slower than the links.
+struct Chunk {
+  uint32_t from;
+  uint32_t to;
+  uint32_t first = 0;
+  uint32_t stride = 1;
+  __device__ __forceinline__ Chunk(uint32_t tokens, uint32_t max_destinations) {
+    if (2 * tokens <= gridDim.x && tokens != 0) {
+      stride = min(gridDim.x / tokens, max_destinations);
+      first = blockIdx.x % stride;
+      from = min(blockIdx.x / stride, tokens);
+      to = min(from + 1, tokens);
+    } else {
+      const uint32_t size = div_up(tokens, gridDim.x);
+      from = min(blockIdx.x * size, tokens);
+      to = min(from + size, tokens);
+    }
+  }
+  __device__ __forceinline__ uint32_t size() const { return to - from; }
+  __device__ __forceinline__ uint32_t batches() const { return div_up(size(), kBatch); }
+};
+
+// Stores the routed token at `place` to the chunk's destinations. All senders.
 template <bool FP8, class P>
-__device__ __forceinline__ void send_token(const P& p, const Shared& s, uint32_t in_batch, const uint8_t* body,
-                                           const uint32_t* scales, uint64_t epoch) {
+__device__ __forceinline__ void send_token(const P& p, const Shared& s, const Chunk& chunk, uint32_t place,
+                                           const uint8_t* body, const uint32_t* scales, uint64_t epoch) {
   const uint32_t warp = threadIdx.x / 32;
   const LaneInLine lane;
   const uint32_t top_k = p.a.handle.top_k;
   const uint32_t max_destinations = Shared::max_destinations(p.a.group, top_k);
-  const uint32_t destinations = shared_at<uint32_t>(s.destinations)[in_batch];
-  const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + in_batch * max_destinations;
   const uint32_t header_lines = p.a.layout.header_lines;
   const uint32_t offset = lane.line * kLine + lane.piece * 16;
+  const RowShape shape = p.row();
+  const uint32_t lines = shape.lines();
+  const uint32_t destinations = shared_at<uint32_t>(s.destinations)[place];
+  const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
 
-  for (uint32_t d = warp; d < destinations; d += kSendWarps) {
-    const uint64_t* header = shared_at<uint64_t>(s.header) + (in_batch * max_destinations + d) * (1 + top_k);
+#pragma unroll 1
+  for (uint32_t d = chunk.first + warp * chunk.stride; d < destinations; d += kSenderWarps * chunk.stride) {
+    const uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
     const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
     if (lane.line < header_lines) {
       const uint32_t unit = lane.line * 15 + lane.piece * 2;
@@ -354,199 +431,288 @@ __device__ __forceinline__ void send_token(const P& p, const Shared& s, uint32_t
       arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, piece);
     }
   }
-
-  const RowShape shape = p.row();
-  const uint32_t lines = shape.lines();
-  for (uint32_t base = warp * kLinesPerWarp; base < lines; base += kSendWarps * kLinesPerWarp) {
+#pragma unroll 1
+  for (uint32_t base = warp * kLinesPerWarp; base < lines; base += kSenderWarps * kLinesPerWarp) {
     const uint32_t line = base + lane.line;
     if (line >= lines) continue;
     const uint4 piece = piece_of<FP8>(p, shape, body, scales, line, lane, epoch);
-    for (uint32_t d = 0; d < destinations; ++d)
+#pragma unroll 1
+    for (uint32_t d = chunk.first; d < destinations; d += chunk.stride)
       arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + (header_lines + base) * kLine + offset, piece);
   }
 }
 
-template <uint32_t H, bool FP8>
-__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s) {
-  __shared__ uint64_t shared_epoch;
+// The senders' task. What needs no other warp is loaded before the block meets (`meet`).
+template <uint32_t H, bool FP8, class Meet>
+__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, Meet meet) {
   const ep_group& g = p.a.group;
-  const Control control(g);
   const uint32_t tokens = p.a.handle.num_tokens;
-  const uint32_t top_k = p.a.handle.top_k;
-  if (threadIdx.x == 0) shared_epoch = begin_part(control, kDispatchSend);
-
+  const Chunk chunk(tokens, Shared::max_destinations(g, p.a.handle.top_k));
+  const EntryLane e(p.a.handle.top_k);
+  const bool counts = blockIdx.x == gridDim.x - 1;  // the block that most often has no token
+  const int64_t first = load_entry(p, e, 0, counts ? tokens : chunk.from);
+  Group16 x = {};
+  if (FP8 && chunk.size() != 0) x = load_group(p, chunk.from, threadIdx.x);
   clear_counts(s, g);
   if (FP8)
-    for (uint32_t i = threadIdx.x; i < 2 * Shared::scale_stride(p.hidden()); i += kSendThreads) shared_at<uint32_t>(s.scales)[i] = 0;
-  arch::bar_sync(kSendBarrier, kSendThreads);
-  const uint64_t epoch = shared_epoch;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < 2 * Shared::scale_stride(p.hidden()); i += kSenders)
+      shared_at<uint32_t>(s.scales)[i] = 0;
+  meet();
+  const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
 
-  // The last block is the one that most often has no token.
-  if (blockIdx.x == gridDim.x - 1) {
-    count_entries(p, s, 0, tokens);
-    arch::bar_sync(kSendBarrier, kSendThreads);
-    send_counts(p, s, control, epoch);
-    arch::bar_sync(kSendBarrier, kSendThreads);
+  if (counts) {
+    count_entries(p, s, e, first, tokens);
+    arch::bar_sync(kSendBarrier, kSenders);
+    send_counts(p, s, epoch);
+    arch::bar_sync(kSendBarrier, kSenders);
     clear_counts(s, g);
-    arch::bar_sync(kSendBarrier, kSendThreads);
+    arch::bar_sync(kSendBarrier, kSenders);
   }
+  if (chunk.size() == 0) return;
+  count_entries(p, s, e, first, chunk.from);
+  arch::bar_sync(kCountedBarrier, kSendersAndRouter);
 
-  const uint32_t chunk = div_up(tokens, gridDim.x);
-  const uint32_t from = blockIdx.x * chunk;
-  const uint32_t to = from + chunk < tokens ? from + chunk : tokens;
-  if (from >= to) return;
-
-  count_entries(p, s, 0, from);
-  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
-  const uint32_t lane = threadIdx.x % 32;
-  for (uint32_t batch = from; batch < to; batch += kBatch) {
-    arch::bar_sync(kSendBarrier, kSendThreads);
-    const uint32_t size = to - batch < kBatch ? to - batch : kBatch;
-    if (threadIdx.x < 32) {
-      int64_t id[kBatch];
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i)
-        id[i] = i < size && lane < top_k ? ids[uint64_t{batch + i} * top_k + lane] : -1;
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i)
-        if (i < size) route_token(p, s, control, epoch, batch + i, i, id[i]);
+#pragma unroll 1
+  for (uint32_t i = 0; i < chunk.size(); ++i) {
+    const uint32_t parity = i / kBatch % 2;
+    const uint8_t* body = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{chunk.from + i} * p.hidden() * 2;
+    uint32_t* scales = nullptr;
+    if (FP8) {
+      // Two buffers: while some warps still send one token, others quantise the next.
+      uint8_t* quantised = shared_at<uint8_t>(s.body) + i % 2 * p.hidden();
+      scales = shared_at<uint32_t>(s.scales) + i % 2 * Shared::scale_stride(p.hidden());
+      quantise(p, chunk.from + i, x, quantised, scales);
+      if (i + 1 < chunk.size()) x = load_group(p, chunk.from + i + 1, threadIdx.x);
+      body = quantised;
     }
-    for (uint32_t i = 0; i < size; ++i) {
-      if (FP8) {
-        // Two buffers: while some warps still send one token, others quantise the next.
-        uint8_t* body = shared_at<uint8_t>(s.body) + i % 2 * p.hidden();
-        uint32_t* scales = shared_at<uint32_t>(s.scales) + i % 2 * Shared::scale_stride(p.hidden());
-        quantise(p, batch + i, body, scales);
-        arch::bar_sync(kSendBarrier, kSendThreads);
-        send_token<FP8>(p, s, i, body, scales, epoch);
-      } else {
-        if (i == 0) arch::bar_sync(kSendBarrier, kSendThreads);
-        const uint8_t* x = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{batch + i} * p.hidden() * 2;
-        send_token<FP8>(p, s, i, x, nullptr, epoch);
-      }
-    }
+    if (i % kBatch == 0)
+      arch::bar_sync(kRoutedBarrier + parity, kSendersAndRouter);
+    else if (FP8)
+      arch::bar_sync(kSendBarrier, kSenders);
+    send_token<FP8>(p, s, chunk, parity * kBatch + i % kBatch, body, scales, epoch);
+    if (i % kBatch == kBatch - 1 && i / kBatch + 2 < chunk.batches())
+      arch::bar_arrive(kFreeBarrier + parity, kSendersAndRouter);
   }
 }
 
-// Reads all sources' counts and leaves in shared memory where each source's rows begin.
+// The router's task: two batches at most are ahead of the senders.
+template <class P, class Meet>
+__device__ __forceinline__ void route(const P& p, const Shared& s, Meet meet) {
+  const uint32_t lane = threadIdx.x % 32;
+  const uint32_t top_k = p.a.handle.top_k;
+  const Chunk chunk(p.a.handle.num_tokens, Shared::max_destinations(p.a.group, top_k));
+  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
+  const float* weights = reinterpret_cast<const float*>(p.a.topk_weights);
+  const bool weighted = (p.a.flags & EP_DISPATCH_WEIGHTS) != 0;
+  int64_t id;
+  float weight;
+  auto load = [&](uint32_t t) {
+    const bool mine = t < chunk.to && lane < top_k;
+    id = mine ? ids[uint64_t{t} * top_k + lane] : -1;
+    weight = mine && weighted ? weights[uint64_t{t} * top_k + lane] : 1.0f;
+  };
+  load(chunk.from);
+  meet();
+  if (chunk.size() == 0) return;
+  const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
+  arch::bar_sync(kCountedBarrier, kSendersAndRouter);
+#pragma unroll 1
+  for (uint32_t i = 0; i < chunk.size(); ++i) {
+    const uint32_t batch = i / kBatch;
+    const int64_t this_id = id;
+    const float this_weight = weight;
+    load(chunk.from + i + 1);
+    if (i % kBatch == 0 && batch >= 2) arch::bar_sync(kFreeBarrier + batch % 2, kSendersAndRouter);
+    route_token(p, s, epoch, chunk.from + i, batch % 2 * kBatch + i % kBatch, chunk.first == 0, this_id, this_weight);
+    if (i % kBatch == kBatch - 1 || i + 1 == chunk.size())
+      arch::bar_arrive(kRoutedBarrier + batch % 2, kSendersAndRouter);
+  }
+}
+
+// One packet of a source's counts when the operation's time is over, or another block's is; 0 if the
+// source is given up.
 template <class P>
-__device__ __forceinline__ void receive_counts(const P& p, const Shared& s, const Control& control, uint64_t epoch) {
+__device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source, const uint64_t* from) {
   const ep_group& g = p.a.group;
-  const uint32_t thread = threadIdx.x - kSendThreads;
+  if (!decide_present(g, kDispatchRecv, epoch, source, from)) {
+    report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
+    return 0;
+  }
+  // A source's packets are stored together; what has not come by now belongs to a source that died.
+  const uint64_t seen = arch::ld_acquire_sys_u64(from);
+  return packet_is(seen, epoch) ? static_cast<uint32_t>(seen) : 0;
+}
+
+// The readers' task: where each source's rows begin.
+template <class P>
+__device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_t epoch) {
+  const ep_group& g = p.a.group;
+  const Control control(g);
+  const uint32_t thread = threadIdx.x - 32 * kFirstReader;
   const uint32_t per_source = p.local_experts + 1;
-  const uint64_t own = peer_base(g, g.rank);
-  for (uint32_t i = thread; i < g.num_ranks * per_source; i += kRecvThreads) {
-    const uint32_t source = i / per_source;
-    const uint32_t at = i % per_source;
-    uint32_t value = 0;
-    if (takes_part(g, control, source)) {
-      const uint64_t* from = reinterpret_cast<const uint64_t*>(p.counts_at(own, source, epoch)) + at;
-      const uint64_t* verdict = control.verdict(kDispatchRecv, source);
-      Patience patience;
-      uint64_t seen;
-      bool present = true;
-      for (;;) {
-        seen = arch::ld_relaxed_sys_u64(from);
-        const uint64_t word = arch::ld_relaxed_gpu_u64(verdict);
-        if (packet_is(seen, epoch) && is_open(word, epoch)) break;
-        if (!is_open(word, epoch) || patience.expired(g, kDispatchRecv, epoch)) {
-          present = decide_present(g, kDispatchRecv, epoch, source, from);
-          if (!present) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
-          // Counts of a present source arrive together, so that a missing one is a matter of moments.
-          seen = arch::ld_acquire_sys_u64(from);
-          break;
+  const uint64_t* partners = shared_at<uint64_t>(s.partners);
+  uint32_t* begin = shared_at<uint32_t>(s.begin);
+  uint32_t* source_rows = shared_at<uint32_t>(s.source_rows);
+  const uint64_t own = p.counts_at(partners[g.rank], 0, epoch);
+  constexpr uint32_t kInFlight = 5;
+  const uint32_t packets = g.num_ranks * per_source;
+  for (uint32_t base = thread; base < packets; base += kReaders * kInFlight) {
+    const uint64_t* from[kInFlight];
+    uint32_t missing = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < kInFlight; ++j) {
+      const uint32_t i = base + kReaders * j;
+      const uint32_t source = i / per_source;
+      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + i % per_source;
+      if (i < packets && partners[source] != 0) missing |= 1u << j;
+    }
+    const uint32_t expected = missing;
+    uint32_t value[kInFlight] = {};
+    Patience patience;
+    bool doubt = false;
+    while (missing != 0 && !doubt) {
+      uint64_t seen[kInFlight];
+#pragma unroll
+      for (uint32_t j = 0; j < kInFlight; ++j)
+        if ((missing >> j & 1) != 0) seen[j] = arch::ld_relaxed_sys_u64(from[j]);
+      // Read beside the last packets, the verdict covers all of them.
+      const uint64_t verdict = arch::ld_relaxed_gpu_u64(control.any_verdict(kDispatchRecv));
+#pragma unroll
+      for (uint32_t j = 0; j < kInFlight; ++j) {
+        if ((missing >> j & 1) != 0 && packet_is(seen[j], epoch)) {
+          value[j] = static_cast<uint32_t>(seen[j]);
+          missing &= ~(1u << j);
         }
       }
-      if (present && packet_is(seen, epoch)) value = static_cast<uint32_t>(seen);
-      // No source can send more; a wrong value must not lead out of the output.
-      if (value > g.max_tokens) value = g.max_tokens;
+      doubt = !is_open(verdict, epoch) || (missing != 0 && patience.expired(g, kDispatchRecv, epoch));
     }
-    if (at == 0)
-      shared_at<uint32_t>(s.source_rows)[source] = value;
-    else
-      shared_at<uint32_t>(s.begin)[(at - 1) * (g.num_ranks + 1) + source + 1] = value;
+#pragma unroll
+    for (uint32_t j = 0; j < kInFlight; ++j) {
+      const uint32_t i = base + kReaders * j;
+      const uint32_t source = i / per_source;
+      const uint32_t at = i - source * per_source;
+      // No source can send more; a wrong value must not lead out of the output.
+      if (i < packets) (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = min(value[j], g.max_tokens);
+    }
+    if (doubt) {
+#pragma unroll 1
+      for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
+        if ((expected >> j & 1) == 0) continue;
+        const uint32_t source = i / per_source;
+        const uint32_t at = i - source * per_source;
+        const uint64_t* packet =
+            reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + at;
+        const uint32_t count = min(count_in_doubt(p, epoch, source, packet), g.max_tokens);
+        (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = count;
+      }
+    }
   }
-  arch::bar_sync(kRecvBarrier, kRecvThreads);
-  for (uint32_t l = thread; l < p.local_experts; l += kRecvThreads) {
-    uint32_t* begin = shared_at<uint32_t>(s.begin) + l * (g.num_ranks + 1);
+  arch::bar_sync(kReadBarrier, kReaders);
+#pragma unroll 1
+  for (uint32_t l = thread; l < p.local_experts; l += kReaders) {
+    uint32_t* row = begin + l * (g.num_ranks + 1);
     uint32_t sum = 0;
-    begin[0] = 0;
-    for (uint32_t r = 1; r <= g.num_ranks; ++r) begin[r] = sum += begin[r];
+    row[0] = 0;
+#pragma unroll 1
+    for (uint32_t r = 1; r <= g.num_ranks; ++r) row[r] = sum += row[r];
   }
-  arch::bar_sync(kRecvBarrier, kRecvThreads);
+  arch::bar_sync(kReadBarrier, kReaders);
+  __threadfence_block();
+  if (thread == 0) *const_cast<volatile uint32_t*>(&shared_at<Fixed>(s.fixed)->placeable) = 1;
 }
 
-// What does not depend on rows: one block writes it.
+// What does not depend on rows. The readers of one block write it.
 template <class P>
 __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   const ep_group& g = p.a.group;
-  const uint32_t thread = threadIdx.x - kSendThreads;
+  const uint32_t thread = threadIdx.x - 32 * kFirstReader;
+  const uint32_t* begin = shared_at<uint32_t>(s.begin);
   int32_t* count = reinterpret_cast<int32_t*>(p.a.recv_count);
   int64_t* range = reinterpret_cast<int64_t*>(p.a.layout_range);
   uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
-  for (uint32_t i = thread; i < p.local_experts * g.num_ranks; i += kRecvThreads) {
-    const uint32_t* begin = shared_at<uint32_t>(s.begin) + i / g.num_ranks * (g.num_ranks + 1) + i % g.num_ranks;
-    range[i] = static_cast<int64_t>(uint64_t{begin[0]} << 32 | (begin[1] - begin[0]));
+#pragma unroll 1
+  for (uint32_t i = thread; i < p.local_experts * g.num_ranks; i += kReaders) {
+    const uint32_t* at = begin + i / g.num_ranks * (g.num_ranks + 1) + i % g.num_ranks;
+    range[i] = static_cast<int64_t>(uint64_t{at[0]} << 32 | (at[1] - at[0]));
   }
-  for (uint32_t l = thread; l < p.local_experts; l += kRecvThreads)
-    count[l] = static_cast<int32_t>(shared_at<uint32_t>(s.begin)[l * (g.num_ranks + 1) + g.num_ranks]);
-  for (uint32_t r = thread; r < g.num_ranks; r += kRecvThreads) recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
+#pragma unroll 1
+  for (uint32_t l = thread; l < p.local_experts; l += kReaders)
+    count[l] = static_cast<int32_t>(begin[l * (g.num_ranks + 1) + g.num_ranks]);
+#pragma unroll 1
+  for (uint32_t r = thread; r < g.num_ranks; r += kReaders) recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
 }
 
-// Receives `kUnitLines` lines of one row and copies them to the row's places. One warp.
+// Whether the readers are done.
+__device__ __forceinline__ bool placeable(const Shared& s) {
+  return *const_cast<const volatile uint32_t*>(&shared_at<Fixed>(s.fixed)->placeable) != 0;
+}
+
+// Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
+// polled before it is known whether the source sends such a row at all.
 template <uint32_t H, bool FP8>
-__device__ __forceinline__ void receive_unit(const Problem<H, FP8>& p, const Shared& s, uint64_t epoch, uint32_t source,
-                                             uint32_t slot, uint32_t first_line) {
+__device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Shared& s, uint64_t epoch, uint32_t source,
+                                           uint32_t slot, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const LaneInLine lane;
   const RowShape shape = p.row();
   const uint32_t lines = shape.lines();
   const uint32_t header_lines = p.a.layout.header_lines;
-  const uint8_t* row = reinterpret_cast<const uint8_t*>(p.rows_at(peer_base(g, g.rank), source, epoch) +
-                                                        slot * p.a.layout.row_stride);
   const uint32_t offset = lane.line * kLine + lane.piece * 16;
-  const bool first = first_line == 0;
+  const uint8_t* row = reinterpret_cast<const uint8_t*>(p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
+                                                        slot * p.a.layout.row_stride) + offset;
+  bool certain = placeable(s);
+  if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
-  // Bit i: load i is complete in all lanes; bit kLoads: the header is.
-  constexpr uint32_t kHeader = 1u << kLoads;
-  uint32_t missing = kHeader;
-#pragma unroll
-  for (uint32_t i = 0; i < kLoads; ++i)
-    if (first_line + i * kLinesPerWarp < lines) missing |= 1u << i;
+  // Load everything at once; while something is missing, watch one epoch only, of the line that is
+  // stored last: many warps wait here, and what they read while they wait, others cannot.
+  const uint32_t unit_lines = min(lines - first_line, kUnitLines);
+  const uint8_t* watched = reinterpret_cast<const uint8_t*>(
+      p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) + slot * p.a.layout.row_stride +
+      (header_lines + first_line + unit_lines - 1) * kLine + kLine - sizeof(uint64_t));
   uint4 header = {};
   uint4 data[kLoads] = {};
   Patience patience;
-  while (missing != 0) {
-    if ((missing & kHeader) != 0 && lane.line < header_lines) header = arch::ld_relaxed_sys_v4(row + offset);
+  bool complete = false;
+  bool over = false;
+  while (!over) {
+    if (lane.line < header_lines) header = arch::ld_relaxed_sys_v4(row);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i) {
-      const uint32_t line = first_line + i * kLinesPerWarp;
-      if ((missing >> i & 1) != 0 && line + lane.line < lines)
-        data[i] = arch::ld_relaxed_sys_v4(row + (header_lines + line) * kLine + offset);
+      const uint32_t line = i * kLinesPerWarp;
+      if (line + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(row + (header_lines + first_line + line) * kLine);
     }
-    if ((missing & kHeader) != 0 &&
-        __all_sync(~0u, !lane.last() || lane.line >= header_lines || sealed(header, epoch)))
-      missing &= ~kHeader;
+    bool mine = lane.line >= header_lines || sealed(header, epoch);
 #pragma unroll
-    for (uint32_t i = 0; i < kLoads; ++i) {
-      const uint32_t line = first_line + i * kLinesPerWarp + lane.line;
-      if ((missing >> i & 1) != 0 && __all_sync(~0u, !lane.last() || line >= lines || sealed(data[i], epoch)))
-        missing &= ~(1u << i);
-    }
-    if (missing != 0) {
-      const bool over = patience.expired(g, kDispatchRecv, epoch);
-      if (__any_sync(~0u, over)) {
-        if (threadIdx.x % 32 == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
-        break;
+    for (uint32_t i = 0; i < kLoads; ++i)
+      mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
+    complete = __all_sync(~0u, mine || !lane.last());
+    if (complete) break;
+    do {
+      if (!certain && __all_sync(~0u, placeable(s))) {
+        certain = true;
+        if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
       }
-    }
+      // Until the readers are done, their patience is what counts.
+      if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) {
+        if (threadIdx.x % 32 == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
+        over = true;
+      }
+    } while (!over && arch::ld_relaxed_sys_u64(watched) != epoch);
+  }
+  if (!certain) {
+    while (!placeable(s)) arch::sleep_ns(20);
+    __syncwarp();
+    if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
   }
 
-  uint64_t* map = reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
-                  (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
-  const bool writes_map = first && threadIdx.x % 32 == 0;
-  if (missing != 0) {
-    if (writes_map) map[0] = 0;
+  const bool writes_map = first_line == 0 && threadIdx.x % 32 == 0;
+  auto map = [&] {
+    return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
+           (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
+  };
+  if (!complete) {
+    if (writes_map) map()[0] = 0;
     return;
   }
 
@@ -554,6 +720,7 @@ __device__ __forceinline__ void receive_unit(const Problem<H, FP8>& p, const Sha
   uint32_t entries = __shfl_sync(~0u, header.y, 0);
   if (entries > g.max_top_k) entries = g.max_top_k;
   uint32_t kept = 0;
+#pragma unroll 1
   for (uint32_t e = 1; e <= entries; ++e) {
     const uint32_t from = e / 15 * kLanesPerLine + e % 15 / 2;
     const bool upper = e % 15 % 2 != 0;
@@ -586,50 +753,78 @@ __device__ __forceinline__ void receive_unit(const Problem<H, FP8>& p, const Sha
     }
     ++kept;
     if (writes_map) {
-      map[kept] = uint64_t{weight} << 32 | place;
+      map()[kept] = uint64_t{weight} << 32 | place;
       reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
     }
   }
-  if (writes_map) map[0] = uint64_t{kept} << 32 | token;
+  if (writes_map) map()[0] = uint64_t{kept} << 32 | token;
 }
 
-template <uint32_t H, bool FP8>
-__device__ __forceinline__ void receive(const Problem<H, FP8>& p, const Shared& s) {
-  __shared__ uint64_t shared_epoch;
+// The placers' task. Sources take turns, because their rows arrive at the same time. Neighbouring units
+// go to different blocks, so that few rows already use every multiprocessor.
+template <class P>
+__device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
-  const Control control(g);
-  if (threadIdx.x == kSendThreads) shared_epoch = begin_part(control, kDispatchRecv);
-  arch::bar_sync(kRecvBarrier, kRecvThreads);
-  const uint64_t epoch = shared_epoch;
-
-  receive_counts(p, s, control, epoch);
-  if (blockIdx.x == 0) write_counts(p, s);
-
-  // Sources take turns, because their rows arrive at the same time. Neighbouring units go to
-  // different blocks, so that few rows already use every multiprocessor.
-  uint32_t most = 0;
-  for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, shared_at<uint32_t>(s.source_rows)[r]);
   const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
-  const uint32_t units = most * g.num_ranks * units_per_row;
-  const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
-  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kRecvWarps * gridDim.x) {
+  uint32_t rows = g.max_tokens * g.num_ranks;
+  bool certain = false;
+  const uint32_t warp = threadIdx.x / 32 - kSenderWarps;
+  for (uint32_t u = warp * gridDim.x + blockIdx.x;; u += kPlacerWarps * gridDim.x) {
     const uint32_t row = u / units_per_row;
+    if (!certain && (certain = __all_sync(~0u, placeable(s)))) {
+      uint32_t most = 0;
+#pragma unroll 1
+      for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, shared_at<uint32_t>(s.source_rows)[r]);
+      rows = most * g.num_ranks;
+    }
+    if (row >= rows) break;
     const uint32_t source = (row + g.rank) % g.num_ranks;
-    const uint32_t slot = row / g.num_ranks;
-    if (slot < shared_at<uint32_t>(s.source_rows)[source])
-      receive_unit(p, s, epoch, source, slot, u % units_per_row * kUnitLines);
+    if (shared_at<uint64_t>(s.partners)[source] == 0) continue;
+    place_unit(p, s, epoch, source, row / g.num_ranks, u % units_per_row * kUnitLines);
   }
 }
 
 template <uint32_t H, bool FP8>
-__global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1)
-    dispatch(const __grid_constant__ ep_dispatch_args args) {
+__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ ep_dispatch_args args) {
   const Problem<H, FP8> p(args);
-  const Shared s(args.group, args.handle.top_k, p.hidden(), FP8);
-  if (threadIdx.x < kSendThreads) {
-    if ((args.flags & EP_DISPATCH_SEND) != 0) send(p, s);
+  const ep_group& g = args.group;
+  const Control control(g);
+  const Shared s(g, args.handle.top_k, p.hidden(), FP8);
+  Fixed* fixed = shared_at<Fixed>(s.fixed);
+  const bool sends = (args.flags & EP_DISPATCH_SEND) != 0;
+  const bool receives = (args.flags & EP_DISPATCH_RECV) != 0;
+  const uint32_t warp = threadIdx.x / 32;
+
+  // Everything that all warps need is loaded at once, by warps that have nothing else to load.
+  if (warp == kFirstReader) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint64_t epoch = 0;
+    if (lane == 0) epoch = epoch_of(control, kDispatchSend);
+    if (lane == 1) epoch = epoch_of(control, kDispatchRecv);
+#pragma unroll 1
+    for (uint32_t r = lane; r < g.num_ranks; r += 32) shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
+    if (lane == 0) fixed->send_epoch = epoch;
+    if (lane == 1) fixed->recv_epoch = epoch;
+    if (lane == 2) fixed->placeable = 0;
+  }
+  auto meet = [] { __syncthreads(); };
+  if (warp < kSenderWarps) {
+    if (sends) return send(p, s, meet);
+    meet();
+  } else if (warp == kRouterWarp) {
+    if (sends) return route(p, s, meet);
+    meet();
   } else {
-    if ((args.flags & EP_DISPATCH_RECV) != 0) receive(p, s);
+    meet();
+    if (warp == kRouterWarp - 1) {
+      if (threadIdx.x % 32 == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
+      if (threadIdx.x % 32 == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
+      __syncwarp();
+    }
+    if (!receives) return;
+    if (warp < kRouterWarp) return place(p, s, fixed->recv_epoch);
+    read_counts(p, s, fixed->recv_epoch);
+    if (blockIdx.x == 0) write_counts(p, s);
   }
 }
 
@@ -674,7 +869,7 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) e = allow_shared(kernel, shared);
   if (e == cudaSuccess) {
-    kernel<<<grid, kSendThreads + kRecvThreads, shared, static_cast<cudaStream_t>(stream)>>>(*args);
+    kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(*args);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

@@ -20,7 +20,8 @@ struct PartState {
 // Behind the participation table, at a multiple of 128 bytes. Then, per part and peer, one verdict.
 struct ControlFixed {
   PartState part[kParts];
-  uint64_t faults;  // records written so far
+  uint64_t faults;              // records written so far
+  uint64_t any_verdict[kParts]; // epoch << 2 of the last operation in which a peer was closed
 };
 static_assert(sizeof(ControlFixed) <= EP_CONTROL_FIXED_BYTES - 128);
 
@@ -45,6 +46,8 @@ struct Control {
   __device__ __forceinline__ uint64_t* verdict(Part p, uint32_t rank) const {
     return reinterpret_cast<uint64_t*>(fixed() + 1) + p * ranks + rank;
   }
+  // One word to look at beside the data: whether any peer is closed in this operation.
+  __device__ __forceinline__ uint64_t* any_verdict(Part p) const { return &fixed()->any_verdict[p]; }
   // The last epoch in which a fault of a peer was recorded, so that it is recorded once.
   __device__ __forceinline__ uint64_t* reported(Part p, uint32_t rank) const {
     return reinterpret_cast<uint64_t*>(fixed() + 1) + (kParts + p) * ranks + rank;
@@ -52,17 +55,21 @@ struct Control {
 };
 static_assert(2 * kParts * sizeof(uint64_t) + sizeof(uint32_t) <= 128, "per rank in EP_CONTROL_BYTES");
 
-// This operation's epoch. Called by one thread of every block; the block that reads it last
-// advances it for the next operation, which the stream starts after this one.
-__device__ __forceinline__ uint64_t begin_part(const Control& control, Part p) {
+// This operation's epoch.
+__device__ __forceinline__ uint64_t epoch_of(const Control& control, Part p) {
+  return arch::ld_relaxed_gpu_u64(&control.part(p)->epoch) + 1;
+}
+
+// Ends the operation's claim on its epoch. Called once by every block after it has read the epoch and
+// off the path of its data; the last block advances the epoch for the next operation, which the stream
+// starts after this one.
+__device__ __forceinline__ void advance(const Control& control, Part p, uint64_t epoch) {
   PartState* s = control.part(p);
-  const uint64_t epoch = arch::ld_relaxed_gpu_u64(&s->epoch) + 1;
   if (arch::atom_add_acq_rel_gpu_u32(&s->arrived, 1) == gridDim.x - 1) {
     s->arrived = 0;
     s->start[(epoch + 1) & 1] = 0;
     arch::st_relaxed_gpu_u64(&s->epoch, epoch);
   }
-  return epoch;
 }
 
 __device__ __forceinline__ uint32_t op_of(Part p) {
@@ -98,9 +105,10 @@ __device__ __forceinline__ uint64_t peer_base(const ep_group& g, uint32_t rank) 
   return reinterpret_cast<const uint64_t*>(g.peer_table)[rank];
 }
 
-// Whether this rank exchanges with `rank` in this operation.
-__device__ __forceinline__ bool takes_part(const ep_group& g, const Control& control, uint32_t rank) {
-  return peer_base(g, rank) != 0 && control.active(rank) != 0;
+// Base of a rank's symmetric buffer if this rank exchanges with it in this operation, else 0.
+__device__ __forceinline__ uint64_t partner_base(const ep_group& g, const Control& control, uint32_t rank) {
+  const uint64_t base = peer_base(g, rank);
+  return control.active(rank) != 0 ? base : 0;
 }
 
 // Nanoseconds since the first slow wait of this part of this operation. All blocks share that start,
@@ -134,7 +142,7 @@ class Patience {
   uint32_t polls_ = 4096;
 };
 
-// Whether blocks may take what a peer sent at face value, by its verdict word as read beside the data.
+// Whether blocks may take what a peer sent at face value, by a verdict word read beside the data.
 __device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) { return verdict >> 2 != epoch; }
 
 // All blocks must agree on whether a peer's counts came, because they place rows by them. A block
@@ -152,6 +160,7 @@ __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64
     if (old == seen) break;
     seen = old;
   }
+  arch::atom_max_relaxed_gpu_u64(Control(g).any_verdict(p), epoch << 2);
   arch::fence_sc_gpu();
   const uint64_t until = arch::globaltimer_ns() + kGraceNs;
   while (arch::globaltimer_ns() < until) arch::sleep_ns(1000);

@@ -45,7 +45,7 @@ inline bool group_is_sound(const ep_group& g) {
 }
 
 inline bool handle_is_sound(const ep_handle& h, const ep_group& g, const ep_layout& l) {
-  return h.route != 0 && h.recv_map != 0 && h.recv_rows != 0 && h.slot < l.slots && h.num_tokens <= g.max_tokens &&
+  return h.route != 0 && h.recv_map != 0 && h.recv_rows != 0 && h.slot < l.slots && l.ring != 0 && (l.ring & (l.ring - 1)) == 0 && h.num_tokens <= g.max_tokens &&
          h.top_k >= 1 && h.top_k <= g.max_top_k;
 }
 

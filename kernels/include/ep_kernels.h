@@ -99,7 +99,7 @@ typedef struct ep_fault {
  *   partials [slots][R owners][M]          partial_stride bytes of lines: bf16 rows on their way back
  *   barrier  [R sources]                   one 128-byte line each
  *
- * `ring` dispatches rotate by epoch; a slot is chosen by the host, one for each handle alive.
+ * `ring` (a power of two) dispatches rotate by epoch; a slot is chosen by the host, one for each handle alive.
  * Sources write only their own part of a region, so a late write can only meet its own writer's. */
 typedef struct ep_layout {
   uint64_t counts;

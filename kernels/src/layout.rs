@@ -158,7 +158,8 @@ impl Layout {
         let weight_lines = lines(4 * k);
         // With `s` sends in flight, a peer that has been heard in operation n may still be reading
         // operation n - 2s + 1: twice as many buffers keep every write clear of every read.
-        let ring = 2 * shape.sends_in_flight;
+        // A power of two, because kernels take the epoch modulo the ring.
+        let ring = (2 * shape.sends_in_flight).next_power_of_two();
 
         let mut at = 0;
         let mut region = |bytes: u64| {
@@ -262,9 +263,33 @@ mod tests {
             Err(ShapeError::Range { field, .. } | ShapeError::Multiple { field, .. }) => field,
             other => panic!("{other:?}"),
         };
-        assert_eq!(field(Shape { hidden: 7000, ..DECODE }), "hidden");
-        assert_eq!(field(Shape { max_top_k: 33, ..DECODE }), "max_top_k");
-        assert_eq!(field(Shape { num_experts: 255, ..DECODE }), "num_experts");
-        assert_eq!(field(Shape { max_tokens: 0, ..DECODE }), "max_tokens");
+        assert_eq!(
+            field(Shape {
+                hidden: 7000,
+                ..DECODE
+            }),
+            "hidden"
+        );
+        assert_eq!(
+            field(Shape {
+                max_top_k: 33,
+                ..DECODE
+            }),
+            "max_top_k"
+        );
+        assert_eq!(
+            field(Shape {
+                num_experts: 255,
+                ..DECODE
+            }),
+            "num_experts"
+        );
+        assert_eq!(
+            field(Shape {
+                max_tokens: 0,
+                ..DECODE
+            }),
+            "max_tokens"
+        );
     }
 }
