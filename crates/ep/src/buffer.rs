@@ -11,6 +11,7 @@ use crate::dispatch::check_stream;
 use crate::error::ArgumentError;
 use crate::fault::{Fault, Status};
 use crate::handle::{BufferId, Lease, Slots};
+use crate::launch::Launcher;
 use crate::order::{Parts, Unreceived};
 use crate::state::DeviceState;
 use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operation, Stream};
@@ -75,8 +76,8 @@ impl Buffer {
     pub fn barrier(&self, stream: &Stream, spin: Duration) -> Result<(), Error> {
         self.check(Operation::Barrier, || check_stream(stream, &self.state))?;
         let spin_ns = u64::try_from(spin.as_nanos()).unwrap_or(u64::MAX);
-        self.enqueue(Operation::Barrier, Parts::Both, stream, |state| {
-            state
+        self.enqueue(Operation::Barrier, Parts::Both, stream, |launcher| {
+            launcher
                 .barrier(spin_ns, stream)
                 .map_err(|source| self.launch_error(source))
         })
@@ -210,7 +211,7 @@ impl Buffer {
         operation: Operation,
         parts: Parts,
         stream: &Stream,
-        launch: impl FnOnce(&DeviceState) -> Result<T, Error>,
+        launch: impl FnOnce(Launcher<'_>) -> Result<T, Error>,
     ) -> Result<(T, u64), Error> {
         let limit = match operation {
             Operation::Dispatch => u64::from(self.config.sends_in_flight),
@@ -219,7 +220,7 @@ impl Buffer {
         };
         let mut order = self.connection.order();
         order.admit(self.rank(), operation, parts, limit)?;
-        let launched = launch(&self.state)?;
+        let launched = launch(Launcher::new(&self.state, &self.connection))?;
         Ok((launched, order.launched(operation, parts, stream)))
     }
 

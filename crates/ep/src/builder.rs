@@ -1,20 +1,17 @@
 //! Making a buffer, together with the other ranks.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ep_alloc::{Allocation, Choice, ProbeOptions, RankFacts, decide, probe};
+use ep_alloc::{Choice, ProbeOptions, RankFacts, probe};
 use ep_kernels::{Layout, ffi};
-use ep_peers::exchange::Step;
-use ep_sys::vmm::{self, DeviceMemory};
-use parking_lot::Mutex;
 
 use crate::connection::Connection;
 use crate::facts::{self, Hello};
-use crate::fault::Ring;
-use crate::state::{self, DeviceState, SlotMemory};
+use crate::session::Session;
+use crate::state::DeviceState;
 use crate::{Buffer, Communicator, Config, Device, Error, env};
 
-/// Makes a [`Buffer`].
+/// Makes a [`Buffer`]; [`build`](Self::build) on every rank at once.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct BufferBuilder {
@@ -67,11 +64,14 @@ impl BufferBuilder {
         self
     }
 
-    /// Makes the buffer. Every rank of the group does so at once.
+    /// Makes the buffer.
     ///
-    /// Tries what memory each device can share, agrees on one kind, allocates and connects it. A rank
-    /// that fails a step tells the others, so that every rank has an error that names it; a rank that
-    /// does not come is named by the others' errors within the deadline.
+    /// Tries what memory each device can share, agrees on one kind, allocates and connects it.
+    ///
+    /// # Errors
+    /// A rank that fails a step tells the others, so that every rank has an error that names it. A
+    /// rank that does not come is named by the others' errors within the deadline. What had been
+    /// acquired is given back.
     pub fn build(self) -> Result<Buffer, Error> {
         let rank = self.comm.rank();
         self.build_here().map_err(|error| error.of_rank(rank))
@@ -79,97 +79,70 @@ impl BufferBuilder {
 
     fn build_here(self) -> Result<Buffer, Error> {
         let rank = self.comm.rank();
-        let deadline = match self.deadline {
-            Some(deadline) => deadline,
-            None => env::deadline()?,
+        let settings = self.settings();
+        let deadline = match &settings {
+            Ok(settings) => settings.deadline,
+            Err(_) => env::DEADLINE,
         };
-        let timeout = match self.timeout {
-            Some(timeout) => timeout,
-            None => env::timeout()?,
-        };
-        let choice = match self.choice {
-            Some(choice) => choice,
-            None => env::choice()?,
-        };
-        let shape = self.config.shape(self.comm.size());
-        let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
+        let session = Session::new(self.comm.clone(), deadline);
 
+        let shape = self.config.shape(self.comm.size());
+        let layout = Layout::new(&shape).map_err(|source| Error::Config { rank, source });
+        let hello = self.hello(settings.as_ref().map(|settings| settings.choice).ok());
+        let heard = session.gather("facts", &hello.encode(GENERATION));
+        // What this rank did wrong itself explains more than what it hears of the others.
+        let settings = settings?;
+        let records = match (heard, &layout) {
+            (Err(_), Err(_)) => Vec::new(),
+            (heard, _) => heard?,
+        };
+        let hellos = (0..)
+            .zip(&records)
+            .map(|(peer, bytes)| Hello::decode(bytes, rank, peer, GENERATION))
+            .collect::<Result<Vec<_>, _>>()?;
+        facts::compare(rank, &hellos)?;
+        let layout = layout?;
+        let facts: Vec<_> = hellos.into_iter().map(|hello| hello.facts).collect();
+
+        let state = DeviceState::new(&self.device, rank, shape, layout, &settings, self.num_sms);
+        let state = session.agree("control", state)?;
+        let (connection, plan) =
+            Connection::new(session, &self.device, &facts, state.layout.bytes())?;
+        Ok(Buffer::from_parts(connection, state, self.config, plan))
+    }
+
+    fn settings(&self) -> Result<Settings, Error> {
+        Ok(Settings {
+            choice: self.choice.map_or_else(env::choice, Ok)?,
+            deadline: self.deadline.map_or_else(env::deadline, Ok)?,
+            timeout: self.timeout.map_or_else(env::timeout, Ok)?,
+        })
+    }
+
+    /// What this rank tells of itself. Without a choice it says that it cannot go on.
+    fn hello(&self, choice: Option<Choice>) -> Hello {
+        let rank = self.comm.rank();
+        let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
         let probe = probe(driver, ordinal, &ProbeOptions::default());
-        let hello = Hello {
+        let process = self.device.process();
+        Hello {
+            is_ready: choice.is_some(),
             config: self.config,
             kernels: (
                 self.device.backend().to_owned(),
                 ffi::EP_KERNELS_ABI_VERSION,
             ),
-            facts: RankFacts::new(rank, self.device.process(), choice, &probe),
-        };
-        let heard = self.comm.gather(
-            Step::new("facts"),
-            &hello.encode(0),
-            Instant::now() + deadline,
-        );
-        let layout = Layout::new(&shape).map_err(|source| Error::Config { rank, source });
-        let records = match (heard, &layout) {
-            (Ok(records), _) => records,
-            (Err(_), Err(_)) => return Err(layout.err().unwrap()),
-            (Err(error), Ok(_)) => return Err(error),
-        };
-        let hellos = records
-            .iter()
-            .zip(0..)
-            .map(|(bytes, peer)| Hello::decode(bytes, rank, peer, 0))
-            .collect::<Result<Vec<_>, _>>()?;
-        if let Some(error) = facts::mismatch(&hellos) {
-            return Err(error);
+            facts: RankFacts::new(rank, process, choice.unwrap_or_default(), &probe),
         }
-        let layout = layout?;
-        let facts: Vec<_> = hellos.into_iter().map(|hello| hello.facts).collect();
-        let plan = decide(&facts, &[]).map_err(|source| Error::Policy { rank, source })?;
-
-        let memory = Allocation::new(driver, ordinal, plan.backend, layout.bytes(), false)
-            .map_err(|source| Error::Memory { rank, source })?;
-        let stream = vmm::Stream::new(driver, ordinal).map_err(Error::driver("x"))?;
-        driver
-            .fill(ordinal, memory.ptr(), 0, memory.bytes(), stream.handle())
-            .map_err(Error::driver("x"))?;
-        let slots = SlotMemory::new(driver, ordinal, &shape).map_err(Error::driver("x"))?;
-        slots.zero(driver, &stream).map_err(Error::driver("x"))?;
-        stream.synchronize().map_err(Error::driver("x"))?;
-        let control = state::new_control(driver, ordinal, &shape).map_err(Error::driver("x"))?;
-        let faults = Ring::new(driver, ordinal).map_err(Error::driver("x"))?;
-        let table = DeviceMemory::new(driver, ordinal, 8 * u64::from(shape.num_ranks))
-            .map_err(Error::driver("x"))?;
-        let bases = self.comm.gather(
-            Step::new("bases"),
-            &memory.ptr().0.to_le_bytes(),
-            Instant::now() + deadline,
-        )?;
-        driver
-            .copy_to_device(ordinal, table.ptr(), &bases.concat())
-            .map_err(Error::driver("x"))?;
-        self.comm
-            .gather(Step::new("ready"), &[], Instant::now() + deadline)?;
-
-        let state = DeviceState {
-            device: self.device.clone(),
-            rank,
-            shape,
-            layout,
-            timeout_ns: u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX),
-            num_sms: self.num_sms,
-            control,
-            faults,
-            slots,
-            table: table.ptr(),
-        };
-        let connection = Connection {
-            comm: self.comm,
-            order: Mutex::default(),
-            deadline,
-            peers: Some(table),
-            memory: Some(memory),
-            closed: false,
-        };
-        Ok(Buffer::from_parts(connection, state, self.config, plan))
     }
+}
+
+/// Of the facts' records.
+const GENERATION: u64 = 0;
+
+/// What the builder or the environment says.
+pub(crate) struct Settings {
+    choice: Choice,
+    deadline: Duration,
+    pub(crate) timeout: Duration,
 }

@@ -134,8 +134,8 @@ impl Buffer {
         call: &launch::Combine,
         parts: Parts,
     ) -> Result<u64, Error> {
-        self.enqueue(Operation::Combine, parts, stream, |state| {
-            state
+        self.enqueue(Operation::Combine, parts, stream, |launcher| {
+            launcher
                 .combine(call, stream)
                 .map_err(|source| self.launch_error(source))
         })

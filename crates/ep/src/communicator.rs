@@ -150,8 +150,8 @@ impl Communicator {
         self.all_gather(&[], deadline).map(drop)
     }
 
-    pub(crate) fn exchange(&self) -> &Arc<dyn Exchange> {
-        &self.exchange
+    pub(crate) fn exchange(&self) -> &dyn Exchange {
+        &*self.exchange
     }
 
     pub(crate) fn gather(

@@ -278,10 +278,10 @@ impl Buffer {
         call: &mut launch::Dispatch,
         parts: Parts,
     ) -> Result<(Lease, u64), Error> {
-        self.enqueue(Operation::Dispatch, parts, stream, |state| {
+        self.enqueue(Operation::Dispatch, parts, stream, |launcher| {
             let lease = self.lease()?;
             call.slot = lease.index();
-            state
+            launcher
                 .dispatch(call, stream)
                 .map_err(|source| self.launch_error(source))?;
             Ok(lease)
@@ -327,8 +327,8 @@ impl PendingDispatch<'_> {
         })?;
         let parts = self.unreceived.parts();
         buffer
-            .enqueue(Operation::Dispatch, parts, stream, |state| {
-                state
+            .enqueue(Operation::Dispatch, parts, stream, |launcher| {
+                launcher
                     .dispatch(&call, stream)
                     .map_err(|source| buffer.launch_error(source))
             })

@@ -109,14 +109,17 @@ pub(crate) fn choice() -> Result<Choice, Error> {
     )?)
 }
 
-/// Bound on the waits of an operation.
+/// Bound on the waits of an operation, unless set.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Bound on each step of setting up and tearing down, unless set.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
 pub(crate) fn timeout() -> Result<Duration, Error> {
-    milliseconds(EP_TIMEOUT_MS, Duration::from_secs(10))
+    milliseconds(EP_TIMEOUT_MS, TIMEOUT)
 }
 
-/// Bound on each step of setting up and tearing down.
 pub(crate) fn deadline() -> Result<Duration, Error> {
-    milliseconds(EP_DEADLINE_MS, Duration::from_secs(60))
+    milliseconds(EP_DEADLINE_MS, DEADLINE)
 }
 
 fn milliseconds(variable: &'static str, default: Duration) -> Result<Duration, Error> {

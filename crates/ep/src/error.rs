@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use ep_alloc::{ChoiceError, Failure, PolicyError};
+use ep_alloc::{ChoiceError, Failure, Plan, PolicyError};
 use ep_kernels::{LaunchError, ShapeError};
+use ep_peers::Unreachable;
 use ep_sys::DevicePtr;
 
 use crate::tensor::{DType, Dims};
@@ -91,16 +92,14 @@ pub enum Error {
         failure: Option<Failure>,
     },
     /// Two ranks cannot reach each other's memory.
-    #[error("rank {importer} cannot reach rank {exporter}: {reason}")]
+    #[error("rank {rank}: {pair}; memory is {plan}")]
     Unreachable {
         /// This rank.
         rank: u32,
-        /// The rank that would write.
-        importer: u32,
-        /// The rank whose memory it is.
-        exporter: u32,
-        /// Why, and what to check next.
-        reason: String,
+        /// The first pair that cannot, and why.
+        pair: Unreachable,
+        /// What the group tried, and why.
+        plan: Box<Plan>,
     },
     /// A driver call failed.
     #[error("{}{doing} failed", Of(*rank))]

@@ -20,6 +20,8 @@ const PCI_BYTES: usize = 32;
 /// What a rank tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
+    /// Whether the rank can go on; if not, it has an error of its own.
+    pub(crate) is_ready: bool,
     pub(crate) config: Config,
     /// The kernels' name, and the version of their contract.
     pub(crate) kernels: (String, u32),
@@ -32,6 +34,7 @@ impl Hello {
         let facts = &self.facts;
         let mut w = Writer::default();
         w.u32(VERSION);
+        w.u32(u32::from(self.is_ready));
         for (_, value) in self.config.fields() {
             w.u32(value);
         }
@@ -91,11 +94,22 @@ impl Hello {
         Self::from_record(&record).ok_or(Error::Facts { rank, peer })
     }
 
+    /// What must be the same on every rank, by name.
+    fn configuration(&self) -> Vec<(&'static str, String)> {
+        let fields = self.config.fields().into_iter();
+        let (name, version) = &self.kernels;
+        fields
+            .map(|(field, value)| (field, value.to_string()))
+            .chain([("kernels", format!("{name} of version {version}"))])
+            .collect()
+    }
+
     fn from_record(record: &Record) -> Option<Self> {
         let mut r = Reader(record.facts.as_bytes());
         if r.u32()? != VERSION {
             return None;
         }
+        let is_ready = r.u32()? != 0;
         let config = Config {
             num_experts: r.u32()?,
             hidden: r.u32()?,
@@ -126,6 +140,7 @@ impl Hello {
         }
         let choice = Choice::from_code(u8::try_from(r.u32()?).ok()?)?;
         r.0.is_empty().then_some(Self {
+            is_ready,
             config,
             kernels,
             facts: RankFacts {
@@ -146,31 +161,35 @@ impl Hello {
     }
 }
 
-/// The first difference between the ranks' configurations, measured by the first rank.
-pub(crate) fn mismatch(hellos: &[Hello]) -> Option<Error> {
-    let (reference, others) = hellos.split_first()?;
-    let describe = |hello: &Hello| {
-        let fields = hello
-            .config
-            .fields()
-            .map(|(name, value)| (name, value.to_string()));
-        let (name, version) = &hello.kernels;
-        fields
-            .into_iter()
-            .chain([("kernels", format!("{name} of version {version}"))])
+/// Fails if a rank cannot go on, or is configured unlike the first.
+pub(crate) fn compare(rank: u32, hellos: &[Hello]) -> Result<(), Error> {
+    if let Some(failed) = hellos.iter().find(|hello| !hello.is_ready) {
+        return Err(Error::Peer {
+            rank,
+            peer: failed.facts.rank,
+            step: "settings",
+            failure: None,
+        });
+    }
+    let Some((reference, others)) = hellos.split_first() else {
+        return Ok(());
     };
-    others.iter().find_map(|other| {
-        describe(reference)
-            .zip(describe(other))
-            .find(|(expected, got)| expected != got)
-            .map(|((field, expected), (_, got))| Error::Mismatch {
-                field,
-                rank: other.facts.rank,
-                got,
-                reference: reference.facts.rank,
-                expected,
-            })
-    })
+    let expected = reference.configuration();
+    for other in others {
+        let differences = expected.iter().zip(other.configuration());
+        for ((field, expected), (_, got)) in differences {
+            if *expected != got {
+                return Err(Error::Mismatch {
+                    field,
+                    rank: other.facts.rank,
+                    got,
+                    reference: reference.facts.rank,
+                    expected: expected.clone(),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 #[derive(Default)]
@@ -232,6 +251,7 @@ mod tests {
 
     fn hello(rank: u32) -> Hello {
         Hello {
+            is_ready: true,
             config: Config::new(7168, 256, 128, 8),
             kernels: (String::from("host"), 1),
             facts: RankFacts {
@@ -292,13 +312,17 @@ mod tests {
     #[test]
     fn a_difference_names_field_and_ranks() {
         let mut hellos = [hello(0), hello(1), hello(2)];
-        assert!(mismatch(&hellos).is_none());
+        assert!(compare(1, &hellos).is_ok());
         hellos[2].kernels.0 = String::from("cuda");
         hellos[2].config.max_top_k = 9;
-        let error = mismatch(&hellos).unwrap();
         assert_eq!(
-            error.to_string(),
+            compare(1, &hellos).unwrap_err().to_string(),
             "rank 2 has max_top_k 9, rank 0 has 8; give every rank the same configuration"
         );
+        hellos[1].is_ready = false;
+        assert!(matches!(
+            compare(0, &hellos),
+            Err(Error::Peer { peer: 1, .. })
+        ));
     }
 }

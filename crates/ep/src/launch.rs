@@ -1,7 +1,7 @@
 //! Filling the kernels' arguments and launching: the only unsafe code of the crate.
 //!
-//! Every address in the arguments is either of a resource that [`DeviceState`] holds, or of a tensor
-//! that has been checked. A tensor's address is of memory that a [`Tensor`](crate::Tensor) owns, or
+//! Every address in the arguments is either of a resource that the buffer holds, or of a tensor that
+//! has been checked. A tensor's address is of memory that a [`Tensor`](crate::Tensor) owns, or
 //! a caller vouched for it with one of the unsafe constructors here.
 
 #![allow(
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ep_kernels::{Kernels, LaunchError, ffi};
 use ep_sys::{DeviceOrdinal, DevicePtr, Driver, StreamHandle};
 
+use crate::connection::Connection;
 use crate::state::DeviceState;
 use crate::tensor::{DType, Dims, Raw};
 use crate::{Device, Stream, TensorMut, TensorRef};
@@ -120,13 +121,28 @@ pub(crate) struct Combine {
     pub(crate) out: u64,
 }
 
-impl DeviceState {
-    pub(crate) fn dispatch(&self, call: &Dispatch, stream: &Stream) -> Result<(), LaunchError> {
+/// What a launch uses of its buffer.
+#[derive(Clone, Copy)]
+pub(crate) struct Launcher<'b> {
+    state: &'b DeviceState,
+    /// u64 for each rank: the base of its symmetric memory.
+    table: DevicePtr,
+}
+
+impl<'b> Launcher<'b> {
+    pub(crate) fn new(state: &'b DeviceState, connection: &Connection) -> Self {
+        Self {
+            state,
+            table: connection.table(),
+        }
+    }
+
+    pub(crate) fn dispatch(self, call: &Dispatch, stream: &Stream) -> Result<(), LaunchError> {
         let args = ffi::ep_dispatch_args {
             struct_size: size_of::<ffi::ep_dispatch_args>() as u32,
             flags: call.flags,
             group: self.group(),
-            layout: self.layout.raw(),
+            layout: self.state.layout.raw(),
             handle: self.handle(call.slot, call.num_tokens, call.top_k),
             x: call.x,
             topk_idx: call.topk_idx,
@@ -137,58 +153,63 @@ impl DeviceState {
             src_info: call.src_info,
             layout_range: call.layout_range,
         };
-        // SAFETY: group, layout and handle are of this buffer, whose memory outlives its last
+        // SAFETY: group, layout and handle are of one buffer, whose memory outlives its last
         // operation, and every rank derived the same layout; the tensors were checked.
-        unsafe { self.device.kernels().dispatch(&args, stream.handle().0) }
+        unsafe { self.kernels().dispatch(&args, stream.handle().0) }
     }
 
-    pub(crate) fn combine(&self, call: &Combine, stream: &Stream) -> Result<(), LaunchError> {
+    pub(crate) fn combine(self, call: &Combine, stream: &Stream) -> Result<(), LaunchError> {
         let args = ffi::ep_combine_args {
             struct_size: size_of::<ffi::ep_combine_args>() as u32,
             flags: call.flags,
             group: self.group(),
-            layout: self.layout.raw(),
+            layout: self.state.layout.raw(),
             handle: self.handle(call.slot, call.num_tokens, call.top_k),
             y: call.y,
             topk_weights: call.topk_weights,
             out: call.out,
         };
         // SAFETY: as for dispatch; the slot was filled by a dispatch that was enqueued before.
-        unsafe { self.device.kernels().combine(&args, stream.handle().0) }
+        unsafe { self.kernels().combine(&args, stream.handle().0) }
     }
 
-    pub(crate) fn barrier(&self, spin_ns: u64, stream: &Stream) -> Result<(), LaunchError> {
+    pub(crate) fn barrier(self, spin_ns: u64, stream: &Stream) -> Result<(), LaunchError> {
         let args = ffi::ep_barrier_args {
             struct_size: size_of::<ffi::ep_barrier_args>() as u32,
             reserved: 0,
             group: self.group(),
-            layout: self.layout.raw(),
+            layout: self.state.layout.raw(),
             spin_ns,
         };
-        // SAFETY: group and layout are of this buffer, as for dispatch.
-        unsafe { self.device.kernels().barrier(&args, stream.handle().0) }
+        // SAFETY: group and layout are of one buffer, as for dispatch.
+        unsafe { self.kernels().barrier(&args, stream.handle().0) }
     }
 
-    fn group(&self) -> ffi::ep_group {
+    fn kernels(self) -> &'b dyn Kernels {
+        self.state.device.kernels()
+    }
+
+    fn group(self) -> ffi::ep_group {
+        let state = self.state;
         ffi::ep_group {
-            peer_table: self.table().0,
-            control: self.control.ptr().0,
-            faults: self.faults.device_address(),
-            timeout_ns: self.timeout_ns,
-            rank: self.rank,
-            num_ranks: self.shape.num_ranks,
-            num_experts: self.shape.num_experts,
-            max_tokens: self.shape.max_tokens,
-            hidden: self.shape.hidden,
-            max_top_k: self.shape.max_top_k,
+            peer_table: self.table.0,
+            control: state.control().0,
+            faults: state.faults.device_address(),
+            timeout_ns: state.timeout_ns,
+            rank: state.rank,
+            num_ranks: state.shape.num_ranks,
+            num_experts: state.shape.num_experts,
+            max_tokens: state.shape.max_tokens,
+            hidden: state.shape.hidden,
+            max_top_k: state.shape.max_top_k,
             // The driver counts devices in an int.
-            device: self.device.ordinal().0.cast_signed(),
-            num_sms: self.num_sms,
+            device: state.device.ordinal().0.cast_signed(),
+            num_sms: state.num_sms,
         }
     }
 
-    fn handle(&self, slot: u32, num_tokens: u32, top_k: u32) -> ffi::ep_handle {
-        let [route, recv_map, recv_rows] = self.slots.of(slot);
+    fn handle(self, slot: u32, num_tokens: u32, top_k: u32) -> ffi::ep_handle {
+        let [route, recv_map, recv_rows] = self.state.slot(slot);
         ffi::ep_handle {
             route: route.0,
             recv_map: recv_map.0,

@@ -18,6 +18,7 @@ mod fault;
 mod handle;
 mod launch;
 mod order;
+mod session;
 mod state;
 mod stream;
 mod tensor;

@@ -1,15 +1,14 @@
-//! What a buffer holds on its device.
-
-use std::sync::Arc;
+//! What a buffer holds on its device beside symmetric memory.
 
 use ep_kernels::{Layout, Shape};
-use ep_sys::vmm::{self, DeviceMemory};
-use ep_sys::{DeviceOrdinal, DevicePtr, Driver};
+use ep_sys::DevicePtr;
+use ep_sys::vmm::DeviceMemory;
 
+use crate::builder::Settings;
 use crate::fault::Ring;
 use crate::{Device, Error};
 
-/// What a rank's kernels use besides its peers' memory.
+/// What a rank's kernels use beside its peers' memory.
 #[derive(Debug)]
 pub(crate) struct DeviceState {
     pub(crate) device: Device,
@@ -19,90 +18,96 @@ pub(crate) struct DeviceState {
     pub(crate) timeout_ns: u64,
     pub(crate) num_sms: u32,
     /// `EP_CONTROL_BYTES`, kept by the kernels; the participation table is at its beginning.
-    pub(crate) control: DeviceMemory,
+    control: DeviceMemory,
     pub(crate) faults: Ring,
-    pub(crate) slots: SlotMemory,
-    /// u64 for each rank: the base of its symmetric buffer. Of `ep-peers`, which keeps it.
-    pub(crate) table: DevicePtr,
+    slots: SlotMemory,
+}
+
+impl DeviceState {
+    /// Allocates everything, as kernels expect it at first.
+    pub(crate) fn new(
+        device: &Device,
+        rank: u32,
+        shape: Shape,
+        layout: Layout,
+        settings: &Settings,
+        num_sms: u32,
+    ) -> Result<Self, Error> {
+        let failed = Error::driver("allocating what operations need");
+        let (driver, ordinal) = (device.driver(), device.ordinal());
+        let allocate = || -> ep_sys::Result<_> {
+            let control = DeviceMemory::new(driver, ordinal, shape.control_bytes())?;
+            driver.copy_to_device(ordinal, control.ptr(), &control_image(&shape))?;
+            let slots = SlotMemory::new(device, &shape)?;
+            Ok((control, slots, Ring::new(driver, ordinal)?))
+        };
+        let (control, slots, faults) = allocate().map_err(failed)?;
+        Ok(Self {
+            device: device.clone(),
+            rank,
+            shape,
+            layout,
+            timeout_ns: u64::try_from(settings.timeout.as_nanos()).unwrap_or(u64::MAX),
+            num_sms,
+            control,
+            faults,
+            slots,
+        })
+    }
+
+    pub(crate) fn control(&self) -> DevicePtr {
+        self.control.ptr()
+    }
+
+    /// Addresses of a slot's route, map and row counts.
+    pub(crate) fn slot(&self, slot: u32) -> [DevicePtr; 3] {
+        let [route, map, rows, stride] = self.slots.offsets;
+        let base = self.slots.memory.ptr().offset(u64::from(slot) * stride);
+        [route, map, rows].map(|offset| base.offset(offset))
+    }
+
+    /// Frees everything. All is tried; the error is the first.
+    pub(crate) fn close(self) -> Result<(), Error> {
+        let Self {
+            rank,
+            control,
+            faults,
+            slots,
+            ..
+        } = self;
+        let (control, faults, slots) = (control.close(), faults.close(), slots.memory.close());
+        control
+            .and(faults)
+            .and(slots)
+            .map_err(|source| Error::driver("freeing what operations needed")(source).of_rank(rank))
+    }
+}
+
+/// A control block in which every rank takes part and nothing has happened yet.
+fn control_image(shape: &Shape) -> Vec<u8> {
+    let mut image = vec![1, 0, 0, 0].repeat(shape.num_ranks as usize);
+    image.resize(shape.control_bytes() as usize, 0);
+    image
 }
 
 /// What handles have on the device, for every slot.
 #[derive(Debug)]
-pub(crate) struct SlotMemory {
+struct SlotMemory {
     memory: DeviceMemory,
-    /// Of the parts of a slot, from its beginning, and of the next slot's.
+    /// Of a slot's parts from its beginning, and of the next slot.
     offsets: [u64; 4],
 }
 
 impl SlotMemory {
-    pub(crate) fn new(
-        driver: &Arc<dyn Driver>,
-        device: DeviceOrdinal,
-        shape: &Shape,
-    ) -> ep_sys::Result<Self> {
+    fn new(device: &Device, shape: &Shape) -> ep_sys::Result<Self> {
         let mut offsets = [0; 4];
         let mut end = 0;
         for (offset, bytes) in offsets[1..].iter_mut().zip(shape.handle_bytes()) {
             end += bytes.next_multiple_of(256);
             *offset = end;
         }
-        let memory = DeviceMemory::new(driver, device, end * u64::from(shape.slots))?;
+        let bytes = end * u64::from(shape.slots);
+        let memory = DeviceMemory::new(device.driver(), device.ordinal(), bytes)?;
         Ok(Self { memory, offsets })
     }
-
-    /// Addresses of a slot's route, map and row counts.
-    pub(crate) fn of(&self, slot: u32) -> [DevicePtr; 3] {
-        let [route, map, rows, stride] = self.offsets;
-        let base = self.memory.ptr().offset(u64::from(slot) * stride);
-        [route, map, rows].map(|offset| base.offset(offset))
-    }
-
-    pub(crate) fn zero(
-        &self,
-        driver: &Arc<dyn Driver>,
-        stream: &vmm::Stream,
-    ) -> ep_sys::Result<()> {
-        driver.fill(
-            self.memory.device(),
-            self.memory.ptr(),
-            0,
-            self.memory.bytes(),
-            stream.handle(),
-        )
-    }
-}
-
-impl DeviceState {
-    pub(crate) fn table(&self) -> DevicePtr {
-        self.table
-    }
-
-    /// Frees everything. All is tried; the error is the first.
-    pub(crate) fn close(self) -> Result<(), Error> {
-        let rank = self.rank;
-        let closed = [
-            self.control.close(),
-            self.faults.close(),
-            self.slots.memory.close(),
-        ];
-        closed
-            .into_iter()
-            .collect::<Result<(), _>>()
-            .map_err(|source| Error::driver("freeing the buffer")(source).of_rank(rank))
-    }
-}
-
-/// A control block in which every rank takes part.
-pub(crate) fn new_control(
-    driver: &Arc<dyn Driver>,
-    device: DeviceOrdinal,
-    shape: &Shape,
-) -> ep_sys::Result<DeviceMemory> {
-    let memory = DeviceMemory::new(driver, device, shape.control_bytes())?;
-    let mut image = vec![0; memory.bytes() as usize];
-    for active in image.chunks_exact_mut(4).take(shape.num_ranks as usize) {
-        active.copy_from_slice(&1_u32.to_ne_bytes());
-    }
-    driver.copy_to_device(device, memory.ptr(), &image)?;
-    Ok(memory)
 }
