@@ -55,7 +55,7 @@ for dtype in bf16 fp8; do
   wanted "$name" "$@" || continue
   timeout --kill-after=10 "$limit" bin/ep run --ranks "$((gpus > 0 ? gpus : 4))" --dtype "$dtype" \
     --json >"logs/$name.log" 2>&1
-  if [ $? -eq 0 ]; then
+  if [ $? -eq 0 ] && tail -n 1 "logs/$name.log" | grep -q '"verified":true'; then
     passed=$((passed + 1))
     echo "ok     $name: $(tail -n 1 "logs/$name.log")"
   else
