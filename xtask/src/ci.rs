@@ -11,7 +11,7 @@ use crate::{build_kernels, codegen, demo, format, test, tidy};
 type Step = (&'static str, fn(&Repo) -> Result<()>);
 
 /// Cheap ones first. One that fails does not keep the others from reporting.
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 10] = [
     ("format", |repo| format::run(repo, &["--check".into()])),
     ("tidy", |repo| tidy::run(repo, &[])),
     ("clippy", clippy),
@@ -21,6 +21,7 @@ const STEPS: [Step; 9] = [
     ("kernels", |repo| {
         build_kernels::run(repo, &["--arch".into(), "90a,100a".into()])
     }),
+    ("cuda", cuda),
     ("demo", demo),
     ("benches", benches),
 ];
@@ -65,6 +66,24 @@ fn clippy(repo: &Repo) -> Result<()> {
     Ok(cmd!(
         repo.sh,
         "cargo clippy --workspace --all-targets {features...} -- -D warnings"
+    )
+    .run()?)
+}
+
+/// What is compiled with the CUDA kernels only: linted, linked, and started without a driver.
+fn cuda(repo: &Repo) -> Result<()> {
+    let sh = &repo.sh;
+    let features = ["--features", "cuda"];
+    // The kernels themselves were compiled for every architecture in a step of their own.
+    let _one = sh.push_env("EP_CUDA_ARCHS", "90a");
+    cmd!(
+        sh,
+        "cargo clippy --workspace --all-targets {features...} -- -D warnings"
+    )
+    .run()?;
+    Ok(cmd!(
+        sh,
+        "cargo run --package ep-cli --bin ep {features...} -- --version"
     )
     .run()?)
 }
