@@ -86,6 +86,46 @@ impl fmt::Display for Unreachable {
 /// A member that cannot be reached, or cannot reach this rank, has a null entry and a reason; it is
 /// no error. This rank's own failure to make the table is an error here, after the others were told.
 ///
+/// ```
+/// use std::sync::Arc;
+/// use std::time::{Duration, Instant};
+///
+/// use ep_peers::exchange::local::local;
+/// use ep_peers::wire::{Facts, Identity};
+/// use ep_peers::{Export, Group, Offer, connect, process_token};
+/// use ep_sim::{Cluster, SimDriver};
+/// use ep_sys::vmm::DeviceMemory;
+/// use ep_sys::{DeviceOrdinal, Driver};
+///
+/// let driver: Arc<dyn Driver> = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);
+/// let device = DeviceOrdinal(0);
+/// let memory = DeviceMemory::new(&driver, device, 4096)?;
+/// let offer = Offer {
+///     export: Export::Ipc(memory.ipc_handle()?),
+///     base: memory.ptr(),
+///     bytes: memory.bytes(),
+///     granularity: 0,
+///     generation: 1,
+///     identity: Identity {
+///         host: driver.host_facts().host_id,
+///         process: process_token()?,
+///         gpu: driver.device_info(device)?.uuid,
+///         clique: driver.fabric_info(device)?.clique(),
+///     },
+///     digest: 0,
+///     facts: Facts::EMPTY,
+/// };
+///
+/// // A group of one; others would do the same in threads or processes of their own.
+/// let exchange = local(1).remove(0);
+/// let group = Group::whole(&exchange);
+/// let deadline = Instant::now() + Duration::from_secs(10);
+/// let peers = connect(&group, &driver, device, offer, deadline)?;
+/// assert_eq!(peers.entries(), [memory.ptr()]);
+/// peers.disconnect(&group, deadline)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// A member did not take part, or its record cannot be used: every member has an error that names
 /// it, by the deadline. What was acquired is given back.
@@ -331,7 +371,19 @@ impl Peers {
         self.records = met.records;
         self.topology = met.topology;
         self.verdicts = met.verdicts;
+        self.tell(group);
         Ok(())
+    }
+
+    /// Leaves the reasons in the log, where there are any.
+    fn tell(&self, group: &Group<'_>) {
+        let (rank, generation) = (self.rank, self.generation);
+        for &peer in group.ranks() {
+            if let Some(why) = self.reason(peer) {
+                tracing::debug!(rank, generation, "{why}");
+            }
+        }
+        tracing::debug!(rank, generation, members = group.ranks().len(), "connected");
     }
 
     /// Tells the group whether the table was written, so that nobody counts on a rank that has none,

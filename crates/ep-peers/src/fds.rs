@@ -278,3 +278,93 @@ fn random() -> Result<[u8; 16], Errno> {
 fn number(errno: Errno) -> u32 {
     errno.raw_os_error().unsigned_abs()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+
+    use super::*;
+
+    const EXPECTED: DescriptorError = DescriptorError::NotReceived { errno: 42 };
+
+    fn memory(content: &str) -> OwnedFd {
+        let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::io::pwrite(&file, content.as_bytes(), 0).unwrap();
+        file
+    }
+
+    fn content(descriptor: &mut Result<OwnedFd, DescriptorError>) -> String {
+        let descriptor = std::mem::replace(descriptor, Err(EXPECTED)).unwrap();
+        let mut content = String::new();
+        File::from(descriptor).read_to_string(&mut content).unwrap();
+        content
+    }
+
+    fn invitation(listener: &Listener) -> Invitation {
+        Invitation {
+            name: listener.name,
+            secret: listener.secret,
+            errno: U32::ZERO,
+            offers: U32::ZERO,
+        }
+    }
+
+    #[test]
+    fn only_letters_that_are_expected_are_taken() {
+        let listener = Listener::new(4).unwrap();
+        let good = invitation(&listener);
+        let forged = Invitation {
+            secret: [0; 16],
+            ..invitation(&listener)
+        };
+        let file = memory("mine");
+        send(file.as_fd(), 1, &forged).unwrap();
+        send(file.as_fd(), 9, &good).unwrap();
+        send(file.as_fd(), 2, &good).unwrap();
+        send(memory("first").as_fd(), 1, &good).unwrap();
+        send(memory("second").as_fd(), 1, &good).unwrap();
+
+        let mut received: Vec<_> = (0..4).map(|_| Err(EXPECTED)).collect();
+        received[2] = Err(DescriptorError::NotOffered);
+        listener.receive(&mut received);
+        assert_eq!(content(&mut received[1]), "first");
+        assert_eq!(
+            received[2].as_ref().unwrap_err(),
+            &DescriptorError::NotOffered
+        );
+        assert_eq!(received[3].as_ref().unwrap_err(), &EXPECTED);
+    }
+
+    #[test]
+    fn strangers_do_not_hold_the_queue_up() {
+        let listener = Listener::new(8).unwrap();
+        let address = SocketAddrUnix::new_abstract_name(&listener.name).unwrap();
+        let _silent = connect(&address).unwrap();
+        let short = connect(&address).unwrap();
+        rustix::io::write(&short, &[1, 2, 3]).unwrap();
+        drop(connect(&address).unwrap());
+        let without = connect(&address).unwrap();
+        let letter = Letter {
+            secret: listener.secret,
+            from: 2.into(),
+        };
+        rustix::io::write(&without, letter.as_bytes()).unwrap();
+        send(memory("found").as_fd(), 1, &invitation(&listener)).unwrap();
+
+        let mut received: Vec<_> = (0..3).map(|_| Err(EXPECTED)).collect();
+        listener.receive(&mut received);
+        assert_eq!(content(&mut received[1]), "found");
+        let errno = Errno::NOMSG.raw_os_error();
+        let without = &DescriptorError::NotReceived { errno };
+        assert_eq!(received[2].as_ref().unwrap_err(), without);
+    }
+
+    #[test]
+    fn names_and_secrets_are_never_the_same() {
+        let [one, other] = [(); 2].map(|()| Listener::new(1).unwrap());
+        assert_ne!(one.name, other.name);
+        assert_ne!(one.secret, other.secret);
+        assert_ne!(one.name, one.secret);
+    }
+}

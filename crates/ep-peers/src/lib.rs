@@ -33,7 +33,7 @@ pub use error::{Error, Result};
 pub use fds::{DescriptorError, pass_descriptors};
 pub use group::Group;
 pub use import::{Access, Reason};
-pub use topology::{Nearness, Topology};
+pub use topology::{Nearness, Topology, process_token};
 
 /// FNV-1a, 64 bits. Every step is invertible, so any change of one byte changes the sum.
 fn fnv1a64(bytes: &[u8]) -> u64 {

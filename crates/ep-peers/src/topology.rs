@@ -2,8 +2,32 @@
 //! their numbers.
 
 use std::hash::Hash;
+use std::sync::OnceLock;
+use std::{io, process};
+
+use ep_sys::Bytes16;
+use rustix::rand::GetRandomFlags;
 
 use crate::wire::Identity;
+
+/// What tells this process from all others, for [`Identity::process`]: random, the same on every
+/// call, and another in a child made by `fork`.
+pub fn process_token() -> io::Result<Bytes16> {
+    static RANDOM: OnceLock<[u8; 16]> = OnceLock::new();
+    let mut token = match RANDOM.get() {
+        Some(token) => *token,
+        None => {
+            let mut token = [0; 16];
+            // Requests of up to 256 bytes are never cut short.
+            rustix::rand::getrandom(&mut token, GetRandomFlags::empty())?;
+            *RANDOM.get_or_init(|| token)
+        }
+    };
+    for (byte, id) in token.iter_mut().zip(process::id().to_le_bytes()) {
+        *byte ^= id;
+    }
+    Ok(Bytes16(token))
+}
 
 /// Where the ranks of a group run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -94,8 +118,6 @@ impl Topology {
 
 #[cfg(test)]
 mod tests {
-    use ep_sys::Bytes16;
-
     use super::*;
 
     fn identity(host: u8, process: u8, clique: Option<(u8, u32)>) -> Option<Identity> {
@@ -125,6 +147,14 @@ mod tests {
         assert_eq!(topology.nearness(0, 1), Some(Nearness::Remote));
         assert_eq!(topology.nearness(0, 3), None);
         assert_eq!(topology.nearness(0, 9), None);
+    }
+
+    #[test]
+    fn a_process_has_one_token() {
+        let token = process_token().unwrap();
+        let elsewhere = std::thread::spawn(|| process_token().unwrap());
+        assert_eq!(elsewhere.join().unwrap(), token);
+        assert!(!token.is_zero());
     }
 
     #[test]

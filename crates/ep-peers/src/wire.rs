@@ -24,6 +24,29 @@ const MAGIC: [u8; 8] = *b"EPHANDLE";
 const NONE: u32 = u32::MAX;
 
 /// What a rank tells the others.
+///
+/// ```
+/// use ep_peers::wire::{Facts, Handle, Identity, Record, RecordError};
+/// use ep_sys::DevicePtr;
+///
+/// let record = Record {
+///     rank: 3,
+///     generation: 1,
+///     identity: Identity::default(),
+///     bytes: 0,
+///     granularity: 0,
+///     base: DevicePtr::NULL,
+///     handle: Handle::None(None),
+///     digest: 0,
+///     facts: Facts::new(b"anything")?,
+/// };
+/// let mut bytes = record.encode();
+/// assert_eq!(Record::decode_from(&bytes, 3, 1)?, record);
+///
+/// bytes[100] ^= 1;
+/// assert_eq!(Record::decode(&bytes), Err(RecordError::Checksum));
+/// # Ok::<(), RecordError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The sender.

@@ -19,7 +19,7 @@ const STEP: Step = Step::new("handles");
 const RECORD: usize = 64;
 const TRANSPORTS: [&str; 3] = ["tcp", "path", "abstract"];
 /// What a survivor gives each wait.
-const PATIENCE: Duration = Duration::from_millis(1000);
+const PATIENCE: Duration = Duration::from_millis(800);
 /// How much later than that its error may be seen on a busy machine.
 const SLACK: Duration = Duration::from_millis(800);
 
@@ -103,6 +103,25 @@ fn a_socket_in_use_is_not_taken_over() {
     assert!(chain(&error).contains("in use"), "{}", chain(&error));
     assert!(std::path::Path::new(path).exists());
     std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn a_rack_of_72_meets() {
+    for transport in TRANSPORTS {
+        let place = &meeting_place(transport);
+        let soon = || Instant::now() + Duration::from_secs(10);
+        thread::scope(|scope| {
+            for rank in 0..72 {
+                scope.spawn(move || {
+                    let exchange = meet(place, rank, 72, TOKEN, soon()).unwrap();
+                    for _ in 0..3 {
+                        let records = exchange.all_gather(STEP, &[7; 728], soon()).unwrap();
+                        assert_eq!(records, vec![[7; 728]; 72]);
+                    }
+                });
+            }
+        });
+    }
 }
 
 // ---- The bad cases ----

@@ -9,6 +9,26 @@ use super::{Cause, Exchange, Fault, MAX_RECORD_BYTES, Step};
 use crate::{Error, Result};
 
 /// A group of `size` threads. Give each thread its own member; the members come by rank.
+///
+/// ```
+/// use std::thread;
+/// use std::time::{Duration, Instant};
+///
+/// use ep_peers::exchange::local::local;
+/// use ep_peers::exchange::{Exchange, Step};
+///
+/// thread::scope(|scope| {
+///     for member in local(3) {
+///         scope.spawn(move || {
+///             let deadline = Instant::now() + Duration::from_secs(10);
+///             let record = [member.rank() as u8];
+///             let records = member.all_gather(Step::new("hello"), &record, deadline)?;
+///             assert_eq!(records, [[0], [1], [2]]);
+///             Ok::<(), ep_peers::Error>(())
+///         });
+///     }
+/// });
+/// ```
 pub fn local(size: u32) -> Vec<Local> {
     let group = Arc::new(Group {
         state: Mutex::new(State {

@@ -55,7 +55,10 @@ pub(super) fn host(
         due: give_up_at(Instant::now(), deadline),
         fault: None,
     };
-    host.gather(listener)?;
+    if let Err(error) = host.gather(listener) {
+        host.give_up(fault(0, Cause::Lost { errno: None }));
+        return Err(error);
+    }
     host.welcome();
     match host.fault {
         Some(fault) => Err(fault.into()),

@@ -360,3 +360,114 @@ fn admit_length(header: &Header, expected: u64) -> Result<(), Cause> {
         Err(Cause::Size { expected, actual })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STEP: Step = Step::new("handles");
+    const RECORD: [u8; 8] = [1; 8];
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn hub_and_stream() -> (Star, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Star::hub(vec![Link::new(ours.into())]), theirs)
+    }
+
+    /// A leaf's record, as bytes.
+    fn record() -> Vec<u8> {
+        let turn = Turn {
+            rank: 1,
+            size: 2,
+            sequence: 0,
+            step: STEP,
+            record: &RECORD,
+            deadline: soon(),
+        };
+        turn.frame(Kind::Record, &RECORD)
+    }
+
+    #[test]
+    fn frames_may_come_byte_by_byte() {
+        let (hub, mut stream) = hub_and_stream();
+        std::thread::scope(|scope| {
+            let gathered = scope.spawn(|| hub.all_gather(STEP, &[2; 8], soon()));
+            for byte in record() {
+                stream.write_all(&[byte]).unwrap();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            assert_eq!(gathered.join().unwrap().unwrap(), [[2; 8], RECORD]);
+        });
+        let mut answer = vec![0; frame::HEADER_BYTES + 16];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[frame::HEADER_BYTES..], [[2; 8], RECORD].concat());
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_is_refused_before_memory_is_set_aside() {
+        let (hub, mut stream) = hub_and_stream();
+        let mut bytes = record();
+        bytes[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+        stream.write_all(&bytes).unwrap();
+        let error = hub.all_gather(STEP, &[2; 8], soon()).unwrap_err();
+        let Error::Exchange(fault) = error else {
+            panic!("{error}")
+        };
+        let cause = Cause::Size {
+            expected: 8,
+            actual: u32::MAX.into(),
+        };
+        assert_eq!(fault, Fault::new(STEP, 1, cause));
+        // The rank at fault is told like the others.
+        let mut told = Vec::new();
+        stream.read_to_end(&mut told).unwrap();
+        assert_eq!(Fault::decode(&told[frame::HEADER_BYTES..]), Some(fault));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_of_a_leaf_make_rank_0_panic_or_wait(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..100),
+            genuine in 0..=record().len(),
+        ) {
+            let (hub, mut stream) = hub_and_stream();
+            bytes.splice(..0, record()[..genuine].iter().copied());
+            stream.write_all(&bytes).unwrap();
+            drop(stream);
+            let begun = Instant::now();
+            let outcome = hub.all_gather(STEP, &RECORD, soon());
+            prop_assert!(begun.elapsed() < Duration::from_secs(2));
+            if let Ok(records) = outcome {
+                // Only a whole record can pass, and its answer may still have found the socket.
+                prop_assert_eq!(records, [RECORD, RECORD]);
+                prop_assert_eq!(genuine, record().len());
+            }
+        }
+
+        #[test]
+        fn no_bytes_of_rank_0_make_a_leaf_panic_or_wait(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..100),
+            genuine in 0..16_usize,
+        ) {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let leaf = Star::leaf(1, 2, Link::new(ours.into()));
+            bytes.splice(..0, frame::abort(0, 0, &Fault::new(STEP, 1, Cause::Foreign))
+                .into_iter()
+                .take(genuine * 8));
+            theirs.write_all(&bytes).unwrap();
+            drop(theirs);
+            let begun = Instant::now();
+            prop_assert!(leaf.all_gather(STEP, &RECORD, soon()).is_err());
+            prop_assert!(begun.elapsed() < Duration::from_secs(2));
+        }
+    }
+}

@@ -10,6 +10,8 @@
     reason = "each test binary uses its own part"
 )]
 
+pub mod memory;
+
 use std::io::Read;
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -20,6 +22,7 @@ use ep_peers::exchange::tcp::{Tcp, TcpAddress};
 use ep_peers::exchange::unix::{Unix, UnixAddress};
 use ep_peers::exchange::{Exchange, RunToken};
 use ep_peers::{Error, Result};
+use rustix::event::{PollFd, PollFlags};
 
 const ROLE: &str = "EP_PEERS_TEST_ROLE";
 const MARK: &str = "RESULT ";
@@ -45,6 +48,26 @@ impl Process {
 
     pub fn pid(&self) -> rustix::process::Pid {
         rustix::process::Pid::from_child(&self.0)
+    }
+
+    /// Waits until the process reports something; it goes on.
+    pub fn wait_for_mark(&self) {
+        let limit = Instant::now() + HARD_LIMIT;
+        let stdout = self.0.stdout.as_ref().unwrap();
+        let mut seen = Vec::new();
+        let mut byte = [0];
+        while !seen.ends_with(MARK.as_bytes()) {
+            let left = limit.saturating_duration_since(Instant::now());
+            let mut ready = [PollFd::new(stdout, PollFlags::IN)];
+            let events = rustix::event::poll(&mut ready, Some(&left.try_into().unwrap())).unwrap();
+            assert_eq!(events, 1, "a test process is stuck");
+            assert_eq!(
+                rustix::io::read(stdout, &mut byte).unwrap(),
+                1,
+                "it ended without a word"
+            );
+            seen.push(byte[0]);
+        }
     }
 
     /// What the process reported, once it has ended; nothing if it ended without a report.
