@@ -62,7 +62,7 @@ struct Shared {
   uint32_t body;          // u8 [2][H] quantised rows
   uint32_t bytes;
 
-  __host__ __device__ Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
+  Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
     const uint32_t d = max_destinations(g, top_k);
     fixed = 0;
     partners = align16(sizeof(Fixed));
@@ -94,14 +94,44 @@ __device__ __forceinline__ T* shared_at(uint32_t offset) {
   return reinterpret_cast<T*>(shared_memory + offset);
 }
 
-// What both halves derive from the arguments. H is the hidden size where it is known at compile time.
+// Division by a number that does not change during a launch. Exact for dividends and divisors whose
+// product is below 2^31.
+struct Divisor {
+  uint32_t value;
+  uint32_t inverse;  // ceil(2^31 / value)
+  explicit Divisor(uint32_t v) : value(v), inverse((0x7fffffffu + v) / v) {}
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return __umulhi(2 * n, inverse); }
+};
+
+// What the host works out once for all blocks.
+struct Plan {
+  Shared shared;
+  Divisor local_experts;
+  Divisor packets_per_source;
+  uint32_t tokens_per_block;          // or 1, where blocks share a token's destinations:
+  uint32_t blocks_per_token;          // each takes every `blocks_per_token`th
+  Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
+      : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
+        local_experts(a.group.num_experts / a.group.num_ranks),
+        packets_per_source(local_experts.value + 1),
+        tokens_per_block(div_up(a.handle.num_tokens, grid)),
+        blocks_per_token(1) {
+    // One multiprocessor alone stores far slower than the links.
+    const uint32_t tokens = a.handle.num_tokens;
+    if (tokens != 0 && 2 * tokens <= grid) {
+      const uint32_t d = Shared::max_destinations(a.group, a.handle.top_k);
+      blocks_per_token = grid / tokens < d ? grid / tokens : d;
+    }
+  }
+};
+
+// What all tasks derive from the arguments. H is the hidden size where it is known at compile time.
 template <uint32_t H, bool FP8>
 struct Problem {
   const ep_dispatch_args& a;
-  uint32_t local_experts;
+  const Plan& plan;
 
-  __device__ __forceinline__ explicit Problem(const ep_dispatch_args& args)
-      : a(args), local_experts(args.group.num_experts / args.group.num_ranks) {}
+  __device__ __forceinline__ Problem(const ep_dispatch_args& args, const Plan& p) : a(args), plan(p) {}
 
   __device__ __forceinline__ uint32_t hidden() const { return H != 0 ? H : a.group.hidden; }
   __device__ __forceinline__ bool ue8m0() const { return FP8 && (a.flags & EP_DISPATCH_UE8M0) != 0; }
@@ -163,7 +193,7 @@ __device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, int64_
   const bool in_range = id >= 0 && id < static_cast<int64_t>(p.a.group.num_experts);
   Entry entry;
   entry.expert = in_range ? static_cast<uint32_t>(id) : kNowhere;
-  entry.owner = in_range ? entry.expert / p.local_experts : kNowhere;
+  entry.owner = in_range ? p.plan.local_experts.quotient(entry.expert) : kNowhere;
   bool repeated = false;
   entry.leads = true;
 #pragma unroll 1
@@ -217,15 +247,15 @@ __device__ __forceinline__ void clear_counts(const Shared& s, const ep_group& g)
 template <class P>
 __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
-  const uint32_t per_rank = p.local_experts + 1;
+  const Divisor& per_rank = p.plan.packets_per_source;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_ranks * per_rank; i += kSenders) {
-    const uint32_t rank = i / per_rank;
-    const uint32_t at = i % per_rank;
+  for (uint32_t i = threadIdx.x; i < g.num_ranks * per_rank.value; i += kSenders) {
+    const uint32_t rank = per_rank.quotient(i);
+    const uint32_t at = i - rank * per_rank.value;
     const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
     if (partner == 0) continue;
     const uint32_t value = at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank]
-                                   : shared_at<uint32_t>(s.expert_rows)[rank * p.local_experts + at - 1];
+                                   : shared_at<uint32_t>(s.expert_rows)[rank * p.plan.local_experts.value + at - 1];
     arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(p.counts_at(partner, g.rank, epoch)) + at, packet(value, epoch));
   }
 }
@@ -272,7 +302,7 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_
   uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + index) * (1 + top_k);
   if (reachable) {
     const uint32_t at = __popc(same & ((1u << lane) - 1));
-    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 | (entry.expert - owner * p.local_experts);
+    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 | (entry.expert - owner * p.plan.local_experts.value);
     if (leads) {
       header[0] = uint64_t{static_cast<uint32_t>(__popc(same))} << 32 | token;
       shared_at<uint64_t>(s.row_base)[place * max_destinations + index] =
@@ -379,24 +409,17 @@ __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, con
 }
 
 // What a block sends: tokens [from, to), and of their destinations every `stride`th from `first` on.
-// Blocks share the destinations of a token where there are more blocks than tokens, because one
-// multiprocessor alone stores far slower than the links.
 struct Chunk {
   uint32_t from;
   uint32_t to;
-  uint32_t first = 0;
-  uint32_t stride = 1;
-  __device__ __forceinline__ Chunk(uint32_t tokens, uint32_t max_destinations) {
-    if (2 * tokens <= gridDim.x && tokens != 0) {
-      stride = min(gridDim.x / tokens, max_destinations);
-      first = blockIdx.x % stride;
-      from = min(blockIdx.x / stride, tokens);
-      to = min(from + 1, tokens);
-    } else {
-      const uint32_t size = div_up(tokens, gridDim.x);
-      from = min(blockIdx.x * size, tokens);
-      to = min(from + size, tokens);
-    }
+  uint32_t first;
+  uint32_t stride;
+  template <class P>
+  __device__ __forceinline__ explicit Chunk(const P& p) : stride(p.plan.blocks_per_token) {
+    const uint32_t token = stride == 1 ? blockIdx.x : blockIdx.x / stride;
+    first = blockIdx.x - token * stride;
+    from = min(token * p.plan.tokens_per_block, p.a.handle.num_tokens);
+    to = min(from + p.plan.tokens_per_block, p.a.handle.num_tokens);
   }
   __device__ __forceinline__ uint32_t size() const { return to - from; }
   __device__ __forceinline__ uint32_t batches() const { return div_up(size(), kBatch); }
@@ -447,7 +470,7 @@ template <uint32_t H, bool FP8, class Meet>
 __device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, Meet meet) {
   const ep_group& g = p.a.group;
   const uint32_t tokens = p.a.handle.num_tokens;
-  const Chunk chunk(tokens, Shared::max_destinations(g, p.a.handle.top_k));
+  const Chunk chunk(p);
   const EntryLane e(p.a.handle.top_k);
   const bool counts = blockIdx.x == gridDim.x - 1;  // the block that most often has no token
   const int64_t first = load_entry(p, e, 0, counts ? tokens : chunk.from);
@@ -501,7 +524,7 @@ template <class P, class Meet>
 __device__ __forceinline__ void route(const P& p, const Shared& s, Meet meet) {
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
-  const Chunk chunk(p.a.handle.num_tokens, Shared::max_destinations(p.a.group, top_k));
+  const Chunk chunk(p);
   const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
   const float* weights = reinterpret_cast<const float*>(p.a.topk_weights);
   const bool weighted = (p.a.flags & EP_DISPATCH_WEIGHTS) != 0;
@@ -550,21 +573,21 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   const ep_group& g = p.a.group;
   const Control control(g);
   const uint32_t thread = threadIdx.x - 32 * kFirstReader;
-  const uint32_t per_source = p.local_experts + 1;
+  const Divisor& per_source = p.plan.packets_per_source;
   const uint64_t* partners = shared_at<uint64_t>(s.partners);
   uint32_t* begin = shared_at<uint32_t>(s.begin);
   uint32_t* source_rows = shared_at<uint32_t>(s.source_rows);
   const uint64_t own = p.counts_at(partners[g.rank], 0, epoch);
   constexpr uint32_t kInFlight = 5;
-  const uint32_t packets = g.num_ranks * per_source;
+  const uint32_t packets = g.num_ranks * per_source.value;
   for (uint32_t base = thread; base < packets; base += kReaders * kInFlight) {
     const uint64_t* from[kInFlight];
     uint32_t missing = 0;
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
       const uint32_t i = base + kReaders * j;
-      const uint32_t source = i / per_source;
-      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + i % per_source;
+      const uint32_t source = per_source.quotient(i);
+      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + (i - source * per_source.value);
       if (i < packets && partners[source] != 0) missing |= 1u << j;
     }
     const uint32_t expected = missing;
@@ -590,8 +613,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
       const uint32_t i = base + kReaders * j;
-      const uint32_t source = i / per_source;
-      const uint32_t at = i - source * per_source;
+      const uint32_t source = per_source.quotient(i);
+      const uint32_t at = i - source * per_source.value;
       // No source can send more; a wrong value must not lead out of the output.
       if (i < packets) (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = min(value[j], g.max_tokens);
     }
@@ -599,8 +622,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 #pragma unroll 1
       for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
         if ((expected >> j & 1) == 0) continue;
-        const uint32_t source = i / per_source;
-        const uint32_t at = i - source * per_source;
+        const uint32_t source = per_source.quotient(i);
+        const uint32_t at = i - source * per_source.value;
         const uint64_t* packet =
             reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + at;
         const uint32_t count = min(count_in_doubt(p, epoch, source, packet), g.max_tokens);
@@ -610,7 +633,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   }
   arch::bar_sync(kReadBarrier, kReaders);
 #pragma unroll 1
-  for (uint32_t l = thread; l < p.local_experts; l += kReaders) {
+  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders) {
     uint32_t* row = begin + l * (g.num_ranks + 1);
     uint32_t sum = 0;
     row[0] = 0;
@@ -632,12 +655,12 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   int64_t* range = reinterpret_cast<int64_t*>(p.a.layout_range);
   uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
 #pragma unroll 1
-  for (uint32_t i = thread; i < p.local_experts * g.num_ranks; i += kReaders) {
+  for (uint32_t i = thread; i < p.plan.local_experts.value * g.num_ranks; i += kReaders) {
     const uint32_t* at = begin + i / g.num_ranks * (g.num_ranks + 1) + i % g.num_ranks;
     range[i] = static_cast<int64_t>(uint64_t{at[0]} << 32 | (at[1] - at[0]));
   }
 #pragma unroll 1
-  for (uint32_t l = thread; l < p.local_experts; l += kReaders)
+  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders)
     count[l] = static_cast<int32_t>(begin[l * (g.num_ranks + 1) + g.num_ranks]);
 #pragma unroll 1
   for (uint32_t r = thread; r < g.num_ranks; r += kReaders) recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
@@ -706,58 +729,72 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
     if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
   }
 
-  const bool writes_map = first_line == 0 && threadIdx.x % 32 == 0;
   auto map = [&] {
     return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
            (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
   };
   if (!complete) {
-    if (writes_map) map()[0] = 0;
+    if (first_line == 0 && threadIdx.x % 32 == 0) map()[0] = 0;
     return;
   }
 
+  // Lane e has entry e: where it goes, if it is one that this rank can place.
+  const uint32_t thread = threadIdx.x % 32;
   const uint32_t token = __shfl_sync(~0u, header.x, 0);
-  uint32_t entries = __shfl_sync(~0u, header.y, 0);
-  if (entries > g.max_top_k) entries = g.max_top_k;
-  uint32_t kept = 0;
-#pragma unroll 1
-  for (uint32_t e = 1; e <= entries; ++e) {
-    const uint32_t from = e / 15 * kLanesPerLine + e % 15 / 2;
-    const bool upper = e % 15 % 2 != 0;
-    const uint32_t where = __shfl_sync(~0u, upper ? header.z : header.x, from);
-    const uint32_t weight = __shfl_sync(~0u, upper ? header.w : header.y, from);
-    const uint32_t expert = where & (EP_MAX_LOCAL_EXPERTS - 1);
-    const uint32_t position = where >> 16;
-    if (expert >= p.local_experts) continue;
+  const uint32_t entries = min(__shfl_sync(~0u, header.y, 0), g.max_top_k);
+  const uint32_t unit = 1 + thread;
+  const uint32_t holder = unit / 15 * kLanesPerLine + unit % 15 / 2;
+  const uint2 lower = {__shfl_sync(~0u, header.x, holder), __shfl_sync(~0u, header.y, holder)};
+  const uint2 upper = {__shfl_sync(~0u, header.z, holder), __shfl_sync(~0u, header.w, holder)};
+  const uint2 entry = unit % 15 % 2 != 0 ? upper : lower;
+  const uint32_t expert = entry.x & (EP_MAX_LOCAL_EXPERTS - 1);
+  uint32_t in_expert = kNowhere;
+  if (thread < entries && expert < p.plan.local_experts.value) {
     const uint32_t* begin = shared_at<uint32_t>(s.begin) + expert * (g.num_ranks + 1) + source;
-    if (position >= begin[1] - begin[0]) continue;
-    const uint32_t in_expert = begin[0] + position;
-    const uint32_t place = expert * p.rows_per_expert() + in_expert;
-    uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) + uint64_t{place} * p.row_bytes();
-#pragma unroll
-    for (uint32_t i = 0; i < kLoads; ++i) {
-      const uint32_t line = first_line + i * kLinesPerWarp + lane.line;
-      if (line >= lines) continue;
-      if (!lane.last()) {
-        const uint32_t unit = 7 * line + lane.piece;
-        if (unit < shape.whole()) reinterpret_cast<uint4*>(out)[unit] = data[i];
-      } else if (line < shape.scales) {
-        uint32_t* scales = reinterpret_cast<uint32_t*>(p.a.recv_scales) +
-                           uint64_t{expert * p.scale_words() + 2 * line} * p.rows_per_expert() + in_expert;
-        scales[0] = data[i].x;
-        if (2 * line + 1 < p.scale_words()) scales[p.rows_per_expert()] = data[i].y;
-      } else {
-        const uint32_t at = 16 * shape.whole() + 8 * (line - shape.scales);
-        if (at < 16 * shape.body) *reinterpret_cast<uint2*>(out + at) = {data[i].x, data[i].y};
-      }
-    }
-    ++kept;
-    if (writes_map) {
-      map()[kept] = uint64_t{weight} << 32 | place;
+    if ((entry.x >> 16) < begin[1] - begin[0]) in_expert = begin[0] + (entry.x >> 16);
+  }
+  const uint32_t place = expert * p.rows_per_expert() + in_expert;
+  uint32_t rest = __ballot_sync(~0u, in_expert != kNowhere);
+  if (first_line == 0) {
+    if (in_expert != kNowhere) {
+      map()[1 + __popc(rest & ((1u << thread) - 1))] = uint64_t{entry.y} << 32 | place;
       reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
     }
+    if (thread == 0) map()[0] = uint64_t{static_cast<uint32_t>(__popc(rest))} << 32 | token;
   }
-  if (writes_map) map()[0] = uint64_t{kept} << 32 | token;
+
+  // Where this lane's pieces stand in a row: load i is `step` bytes after load i - 1.
+  const uint32_t line = first_line + lane.line;
+  const uint32_t body_bytes = 16 * shape.body;
+  const uint32_t start = lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
+  const uint32_t end = lane.last() ? body_bytes : 16 * shape.whole();
+  for (; rest != 0; rest &= rest - 1) {
+    const int e = __ffs(rest) - 1;
+    uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) + uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes() + static_cast<int32_t>(start);
+    if (!lane.last()) {
+#pragma unroll
+      for (uint32_t i = 0; i < kLoads; ++i)
+        if (start + i * (kLinesPerWarp * 7 * 16) < end) *reinterpret_cast<uint4*>(out + i * (kLinesPerWarp * 7 * 16)) = data[i];
+    } else {
+#pragma unroll
+      for (uint32_t i = 0; i < kLoads; ++i)
+        if (line + i * kLinesPerWarp >= shape.scales && start + i * (kLinesPerWarp * 8) < end)
+          *reinterpret_cast<uint2*>(out + i * (kLinesPerWarp * 8)) = {data[i].x, data[i].y};
+    }
+    if (FP8 && first_line < shape.scales) {
+      const uint64_t row_scales = p.a.recv_scales + 4 * (uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words() + 2 * line} * p.rows_per_expert() +
+                                                         __shfl_sync(~0u, in_expert, e));
+      if (lane.last()) {
+#pragma unroll
+        for (uint32_t i = 0; i < kLoads; ++i) {
+          const uint32_t word = 2 * (line + i * kLinesPerWarp);
+          uint32_t* scales = reinterpret_cast<uint32_t*>(row_scales) + uint64_t{i * 2 * kLinesPerWarp} * p.rows_per_expert();
+          if (word < p.scale_words()) scales[0] = data[i].x;
+          if (word + 1 < p.scale_words()) scales[p.rows_per_expert()] = data[i].y;
+        }
+      }
+    }
+  }
 }
 
 // The placers' task. Sources take turns, because their rows arrive at the same time. Neighbouring units
@@ -785,11 +822,11 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
 }
 
 template <uint32_t H, bool FP8>
-__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ ep_dispatch_args args) {
-  const Problem<H, FP8> p(args);
+__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ ep_dispatch_args args, const __grid_constant__ Plan plan) {
+  const Problem<H, FP8> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);
-  const Shared s(g, args.handle.top_k, p.hidden(), FP8);
+  const Shared& s = plan.shared;
   Fixed* fixed = shared_at<Fixed>(s.fixed);
   const bool sends = (args.flags & EP_DISPATCH_SEND) != 0;
   const bool receives = (args.flags & EP_DISPATCH_RECV) != 0;
@@ -828,7 +865,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   }
 }
 
-using DispatchKernel = void(const ep_dispatch_args);
+using DispatchKernel = void(const ep_dispatch_args, const Plan);
 
 template <bool FP8>
 DispatchKernel* kernel_for(uint32_t hidden) {
@@ -864,12 +901,13 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
   const bool fp8 = (args->flags & EP_DISPATCH_FP8) != 0;
   DispatchKernel* kernel = fp8 ? kernel_for<true>(args->group.hidden) : kernel_for<false>(args->group.hidden);
-  const size_t shared = Shared(args->group, args->handle.top_k, args->group.hidden, fp8).bytes;
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
-  if (e == cudaSuccess) e = allow_shared(kernel, shared);
+  if (e != cudaSuccess) return status_of(e, cuda_error);
+  const Plan plan(*args, fp8, grid);
+  e = allow_shared(kernel, plan.shared.bytes);
   if (e == cudaSuccess) {
-    kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(*args);
+    kernel<<<grid, kThreads, plan.shared.bytes, static_cast<cudaStream_t>(stream)>>>(*args, plan);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);
