@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_b
 }  // namespace
 }  // namespace ep
 
+cudaError_t ep::load_barrier() { return load(barrier); }
+
 extern "C" int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream, int32_t* cuda_error) {
   using namespace ep;
   if (args == nullptr || args->struct_size != sizeof(*args) || !group_is_sound(args->group)) return EP_LAUNCH_BAD_ARGS;

@@ -389,6 +389,8 @@ bool is_sound(const ep_combine_args& a) {
 }  // namespace
 }  // namespace ep
 
+cudaError_t ep::load_combine() { return load(combine<3584>, combine<7168>, combine<0>); }
+
 extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream, int32_t* cuda_error) {
   using namespace ep;
   if (args == nullptr || !is_sound(*args)) return EP_LAUNCH_BAD_ARGS;

@@ -892,7 +892,10 @@ bool is_sound(const ep_dispatch_args& a) {
 }  // namespace
 }  // namespace ep
 
-extern "C" uint32_t ep_kernels_abi_version(void) { return EP_KERNELS_ABI_VERSION; }
+cudaError_t ep::load_dispatch() {
+  return load(dispatch<3584, false>, dispatch<3584, true>, dispatch<7168, false>, dispatch<7168, true>,
+              dispatch<0, false>, dispatch<0, true>);
+}
 
 extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream, int32_t* cuda_error) {
   using namespace ep;

@@ -37,6 +37,8 @@ __global__ void __launch_bounds__(kThreads) swiglu(const __grid_constant__ ep_sw
 }  // namespace
 }  // namespace ep
 
+cudaError_t ep::load_experts() { return load(dequantize, swiglu); }
+
 extern "C" int32_t ep_dequantize_launch(const ep_dequantize_args* args, void* stream, int32_t* cuda_error) {
   using namespace ep;
   if (args == nullptr || args->struct_size != sizeof(*args) || args->hidden % EP_HIDDEN_MULTIPLE != 0) return EP_LAUNCH_BAD_ARGS;

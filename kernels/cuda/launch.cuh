@@ -65,4 +65,19 @@ cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
+// Loads kernels onto the current device.
+template <class... Kernel>
+cudaError_t load(Kernel*... kernels) {
+  cudaError_t e = cudaSuccess;
+  cudaFuncAttributes attributes;
+  ((e = e == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : e), ...);
+  return e;
+}
+
+// Each file's kernels.
+cudaError_t load_dispatch();
+cudaError_t load_combine();
+cudaError_t load_barrier();
+cudaError_t load_experts();
+
 }  // namespace ep

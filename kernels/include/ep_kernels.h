@@ -214,6 +214,12 @@ typedef struct ep_barrier_args {
 } ep_barrier_args;
 
 uint32_t ep_kernels_abi_version(void);
+
+/* Loads every kernel onto a device. CUDA otherwise loads a kernel at its first launch and waits for
+ * the device to be idle first: for ever, if the device runs an operation that waits for a peer whose
+ * launch is still to come. */
+int32_t ep_kernels_load(int32_t device, int32_t *cuda_error);
+
 int32_t ep_dispatch_launch(const ep_dispatch_args *args, void *stream, int32_t *cuda_error);
 int32_t ep_combine_launch(const ep_combine_args *args, void *stream, int32_t *cuda_error);
 int32_t ep_barrier_launch(const ep_barrier_args *args, void *stream, int32_t *cuda_error);

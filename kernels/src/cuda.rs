@@ -7,6 +7,7 @@ use crate::{Kernel, Kernels, LaunchError, ffi};
 
 unsafe extern "C" {
     fn ep_kernels_abi_version() -> u32;
+    fn ep_kernels_load(device: i32, cuda_error: *mut i32) -> i32;
     fn ep_dispatch_launch(
         args: *const ffi::ep_dispatch_args,
         stream: *mut c_void,
@@ -42,14 +43,28 @@ pub struct CudaKernels(());
 
 impl CudaKernels {
     /// The kernels that were linked, if they speak this crate's version of the contract.
+    ///
+    /// Call [`load`](Self::load) for every device before the first launch there.
     pub fn new() -> Result<Self, LaunchError> {
         // SAFETY: the function takes nothing and reads nothing.
         let version = unsafe { ep_kernels_abi_version() };
         if version == ffi::EP_KERNELS_ABI_VERSION {
             Ok(Self(()))
         } else {
-            Err(LaunchError::BadArgs { kernel: Kernel::Dispatch })
+            Err(LaunchError::BadArgs {
+                kernel: Kernel::Dispatch,
+            })
         }
+    }
+
+    /// Loads every kernel onto a device (its number in this process). CUDA otherwise loads a kernel
+    /// when it is first launched, and first waits for the device to be idle: in vain, if an
+    /// operation there waits for a peer that this thread has still to launch.
+    pub fn load(&self, device: i32) -> Result<(), LaunchError> {
+        let mut error = 0;
+        // SAFETY: the function takes numbers, and writes `error` before it returns.
+        let status = unsafe { ep_kernels_load(device, &mut error) };
+        outcome(Kernel::Dispatch, status, error)
     }
 
     /// Enqueues the conversion of E4M3 rows to bf16.
@@ -69,7 +84,11 @@ impl CudaKernels {
     ///
     /// # Safety
     /// Every address in `args` must be valid on its device until the stream has passed the launch.
-    pub unsafe fn swiglu(&self, args: &ffi::ep_swiglu_args, stream: u64) -> Result<(), LaunchError> {
+    pub unsafe fn swiglu(
+        &self,
+        args: &ffi::ep_swiglu_args,
+        stream: u64,
+    ) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
         unsafe { launch(Kernel::Swiglu, ep_swiglu_launch, args, stream) }
     }
@@ -80,7 +99,11 @@ impl Kernels for CudaKernels {
         "cuda"
     }
 
-    unsafe fn dispatch(&self, args: &ffi::ep_dispatch_args, stream: u64) -> Result<(), LaunchError> {
+    unsafe fn dispatch(
+        &self,
+        args: &ffi::ep_dispatch_args,
+        stream: u64,
+    ) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
         unsafe { launch(Kernel::Dispatch, ep_dispatch_launch, args, stream) }
     }
@@ -110,6 +133,10 @@ unsafe fn launch<A>(
     // SAFETY: `args` is a valid struct of the header, which the launcher only reads; `error` is
     // written before it returns.
     let status = unsafe { launcher(args, stream as *mut c_void, &mut error) };
+    outcome(kernel, status, error)
+}
+
+fn outcome(kernel: Kernel, status: i32, error: i32) -> Result<(), LaunchError> {
     match status {
         ffi::EP_LAUNCH_OK => Ok(()),
         ffi::EP_LAUNCH_BAD_ARGS => Err(LaunchError::BadArgs { kernel }),

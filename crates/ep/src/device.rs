@@ -50,6 +50,9 @@ impl Device {
 
         let driver = CudaDriver::load().map_err(crate::Error::driver("opening the driver"))?;
         let kernels = CudaKernels::new().map_err(crate::Error::launch)?;
+        kernels
+            .load(ordinal.0 as i32)
+            .map_err(crate::Error::launch)?;
         Ok(Self::from_parts(driver, Arc::new(kernels), ordinal))
     }
 
