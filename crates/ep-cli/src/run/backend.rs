@@ -1,0 +1,226 @@
+//! Where a run takes place: on GPUs, or on a simulated cluster.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::time::SystemTime;
+
+use ep::Device;
+use ep::driver::DeviceOrdinal;
+use ep_sim::{Cluster, ClusterError, SimDriver};
+use serde::{Deserialize, Serialize};
+
+use super::args::BackendChoice;
+use super::job::Job;
+use super::transport::Failure;
+
+/// Where ranks run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Place {
+    /// On GPUs, one each.
+    Cuda,
+    /// On a simulated cluster.
+    Sim {
+        /// Its file's text; one HGX H200 host without.
+        cluster: Option<String>,
+        /// Keeps this run's memory apart from other runs'.
+        run_key: u64,
+    },
+}
+
+impl Place {
+    /// The device of a rank.
+    pub(crate) fn device(&self, job: &Job, rank: usize) -> Result<Device, Failure> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Ok(Device::cuda(DeviceOrdinal(u32::try_from(rank)?))?),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda => Err(BackendError::NotBuilt.into()),
+            Self::Sim { cluster, run_key } => {
+                let gpus = job.ranks;
+                let cluster = match cluster {
+                    Some(text) => Cluster::from_toml(text)?,
+                    None => Cluster::hgx_h200(u32::try_from(gpus)?),
+                };
+                // A process of its own, as the driver sees it, with its GPU alone visible.
+                let driver = SimDriver::for_rank(&cluster.with_run_key(*run_key), rank).ok_or(
+                    BackendError::TooSmall {
+                        ranks: job.ranks,
+                        gpus,
+                    },
+                )?;
+                Ok(Device::host(driver, DeviceOrdinal(0)))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cuda => "GPUs",
+            Self::Sim { .. } => "a simulated cluster with the host kernels",
+        })
+    }
+}
+
+/// Why ranks cannot run where they were asked to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum BackendError {
+    #[cfg(not(feature = "cuda"))]
+    #[error("this build has no CUDA kernels; build with --features cuda")]
+    NotBuilt,
+    #[cfg(feature = "cuda")]
+    #[error("the GPUs cannot be used")]
+    Driver(#[from] ep::Error),
+    #[cfg(feature = "cuda")]
+    #[error("the GPUs cannot be counted")]
+    Count(#[from] ep::driver::Error),
+    #[cfg(feature = "cuda")]
+    #[error(
+        "{ranks} ranks need a GPU each and {gpus} are visible; lower --ranks or check CUDA_VISIBLE_DEVICES"
+    )]
+    TooFewGpus { ranks: usize, gpus: usize },
+    #[error("--cluster describes a simulated cluster; leave out --backend cuda")]
+    ClusterOfGpus,
+    #[error("{path} cannot be read")]
+    ClusterFile {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{path} describes no cluster")]
+    Cluster {
+        path: PathBuf,
+        #[source]
+        source: ClusterError,
+    },
+    #[error("{ranks} ranks need a GPU each and the cluster has {gpus}; lower --ranks")]
+    TooSmall { ranks: usize, gpus: usize },
+}
+
+/// Where `ranks` ranks run, and why there.
+pub(crate) fn choose(
+    choice: BackendChoice,
+    cluster: Option<&Path>,
+    ranks: usize,
+) -> Result<(Place, String), BackendError> {
+    match (choice, cluster) {
+        (BackendChoice::Cuda, Some(_)) => Err(BackendError::ClusterOfGpus),
+        (BackendChoice::Cuda, None) => Ok((Place::Cuda, gpus(ranks)?)),
+        (_, Some(path)) => Ok((simulated(path, ranks)?, path.display().to_string())),
+        (BackendChoice::Sim, None) => Ok((hgx_h200(), "as asked".to_owned())),
+        (BackendChoice::Auto, None) => match gpus(ranks) {
+            Ok(reason) => Ok((Place::Cuda, reason)),
+            Err(error) => Ok((hgx_h200(), super::chain(&error))),
+        },
+    }
+}
+
+/// What GPUs there are, if they are enough.
+#[cfg(feature = "cuda")]
+fn gpus(ranks: usize) -> Result<String, BackendError> {
+    let device = Device::cuda(DeviceOrdinal(0))?;
+    let gpus = device.driver().device_count()? as usize;
+    if gpus < ranks {
+        return Err(BackendError::TooFewGpus { ranks, gpus });
+    }
+    Ok(format!("{gpus} are visible"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus(_ranks: usize) -> Result<String, BackendError> {
+    Err(BackendError::NotBuilt)
+}
+
+fn hgx_h200() -> Place {
+    Place::Sim {
+        cluster: None,
+        run_key: run_key(),
+    }
+}
+
+fn simulated(path: &Path, ranks: usize) -> Result<Place, BackendError> {
+    let text = fs::read_to_string(path).map_err(|source| BackendError::ClusterFile {
+        path: path.to_owned(),
+        source,
+    })?;
+    let cluster = Cluster::from_toml(&text).map_err(|source| BackendError::Cluster {
+        path: path.to_owned(),
+        source,
+    })?;
+    let gpus = cluster.ranks();
+    if gpus < ranks {
+        return Err(BackendError::TooSmall { ranks, gpus });
+    }
+    Ok(Place::Sim {
+        cluster: Some(text),
+        run_key: run_key(),
+    })
+}
+
+fn run_key() -> u64 {
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    (now.as_nanos() as u64).rotate_left(32) ^ u64::from(process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_simulator_needs_nothing() {
+        let (place, reason) = choose(BackendChoice::Sim, None, 4).unwrap();
+        assert!(matches!(place, Place::Sim { cluster: None, .. }));
+        assert_eq!(reason, "as asked");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn without_the_kernels_auto_says_why_it_simulates_and_cuda_is_an_error() {
+        let (place, reason) = choose(BackendChoice::Auto, None, 4).unwrap();
+        assert!(matches!(place, Place::Sim { .. }));
+        assert!(reason.contains("no CUDA kernels"), "{reason}");
+        assert!(matches!(
+            choose(BackendChoice::Cuda, None, 4),
+            Err(BackendError::NotBuilt)
+        ));
+    }
+
+    #[test]
+    fn a_cluster_file_is_read_and_must_have_a_gpu_for_each_rank() {
+        let folder = std::env::temp_dir().join(format!("ep-backend-{}", process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("cluster.toml");
+        fs::write(&path, "[[node]]\nname = \"n0\"\ngpus = 2\n").unwrap();
+        let (place, _) = choose(BackendChoice::Auto, Some(&path), 2).unwrap();
+        assert!(matches!(
+            place,
+            Place::Sim {
+                cluster: Some(_),
+                ..
+            }
+        ));
+        assert!(matches!(
+            choose(BackendChoice::Sim, Some(&path), 3),
+            Err(BackendError::TooSmall { ranks: 3, gpus: 2 })
+        ));
+        assert!(matches!(
+            choose(BackendChoice::Cuda, Some(&path), 2),
+            Err(BackendError::ClusterOfGpus)
+        ));
+        fs::write(&path, "[[nod]]").unwrap();
+        let error = choose(BackendChoice::Sim, Some(&path), 2).unwrap_err();
+        assert!(matches!(error, BackendError::Cluster { .. }), "{error:?}");
+        fs::remove_dir_all(&folder).unwrap();
+        let error = choose(BackendChoice::Sim, Some(&path), 2).unwrap_err();
+        assert!(
+            matches!(error, BackendError::ClusterFile { .. }),
+            "{error:?}"
+        );
+    }
+}

@@ -1,0 +1,164 @@
+//! What one rank does, wherever it runs.
+
+use half::bf16;
+
+use super::check::Comparison;
+use super::job::Job;
+use super::model::Model;
+use super::reference;
+use super::report::Outcome;
+use super::router;
+use super::transport::{Failure, Transport};
+
+/// Runs the layer as `rank`, times it, and compares its output with the reference.
+pub(crate) fn run(
+    job: &Job,
+    rank: usize,
+    connect: impl FnOnce(&Model) -> Result<Box<dyn Transport>, Failure>,
+    mut progress: impl FnMut(&str),
+) -> Result<Outcome, Failure> {
+    let model = Model::new(job);
+    let x = model.tokens(rank);
+    let routes = router::route(job, &model, rank, &x)?;
+    progress("connecting");
+    let mut transport = connect(&model)?;
+    let facts = transport.facts();
+    progress(&format!("memory: {}", facts.plan));
+
+    progress("router, dispatch, experts, combine");
+    let output = transport.layer(&x, &routes)?;
+    if job.iters > 0 {
+        progress(&format!("timing {} dispatches and combines", job.iters));
+    }
+    let times = transport.time(job.iters)?;
+    let repeatable = bits(&transport.layer(&x, &routes)?).eq(bits(&output));
+    transport.close()?;
+
+    progress("float64 reference");
+    let expected = reference::layer(job, &model, &x, &routes)?;
+    let comparison = Comparison::of(&output, &expected, job.hidden);
+    Ok(Outcome {
+        facts,
+        comparison,
+        repeatable,
+        times,
+    })
+}
+
+fn bits(values: &[bf16]) -> impl Iterator<Item = u16> + '_ {
+    values.iter().map(|v| v.to_bits())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::experts::{HostExperts, Received, Rows};
+    use super::super::job::tests::small;
+    use super::super::job::{Dtype, Routing};
+    use super::super::report::{Facts, Report, Times};
+    use super::super::router::Routes;
+    use super::*;
+
+    /// All ranks' experts in one place: dispatch is a copy, combine a sum.
+    struct Local {
+        job: Job,
+        model: Model,
+        /// Leaves this (token, top-k entry) out.
+        lost: Option<(usize, usize)>,
+    }
+
+    impl Transport for Local {
+        fn facts(&self) -> Facts {
+            Facts {
+                backend: "local".to_owned(),
+                alloc: "heap".to_owned(),
+                plan: String::new(),
+                symmetric_bytes: 0,
+            }
+        }
+
+        fn layer(&mut self, x: &[bf16], routes: &Routes) -> Result<Vec<bf16>, Failure> {
+            let (hidden, top_k) = (self.job.hidden, self.job.top_k);
+            let mut output = vec![bf16::NAN; x.len()];
+            for (token, output) in output.chunks_exact_mut(hidden).enumerate() {
+                let x = &x[token * hidden..(token + 1) * hidden];
+                let mut sum = vec![0.0; hidden];
+                for k in 0..top_k {
+                    let id = routes.ids[token * top_k + k];
+                    if id < 0 || self.lost == Some((token, k)) {
+                        continue;
+                    }
+                    let expert = id as usize;
+                    let locals = self.job.local_experts();
+                    let mut counts = vec![0; locals];
+                    counts[expert % locals] = 1;
+                    let mut rows = vec![bf16::ZERO; locals * hidden];
+                    rows[expert % locals * hidden..][..hidden].copy_from_slice(x);
+                    let mut y = vec![bf16::NAN; rows.len()];
+                    let received = Received {
+                        rows: Rows::Bf16(&rows),
+                        counts: &counts,
+                    };
+                    HostExperts::new(&self.job, &self.model, expert / locals)
+                        .forward(&received, &mut y);
+                    let weight = routes.weights[token * top_k + k];
+                    for (sum, y) in sum.iter_mut().zip(&y[expert % locals * hidden..]) {
+                        *sum += weight * y.to_f32();
+                    }
+                }
+                for (output, sum) in output.iter_mut().zip(sum) {
+                    *output = bf16::from_f32(sum);
+                }
+            }
+            Ok(output)
+        }
+
+        fn time(&mut self, iters: usize) -> Result<Times, Failure> {
+            Ok(Times {
+                dispatch_us: vec![1.0; iters],
+                combine_us: vec![2.0; iters],
+            })
+        }
+
+        fn close(self: Box<Self>) -> Result<(), Failure> {
+            Ok(())
+        }
+    }
+
+    fn report(job: &Job, lost: Option<(usize, usize)>) -> Report {
+        let outcomes: Vec<Outcome> = (0..job.ranks)
+            .map(|rank| {
+                let connect = |model: &Model| -> Result<Box<dyn Transport>, Failure> {
+                    Ok(Box::new(Local {
+                        job: job.clone(),
+                        model: model.clone(),
+                        lost,
+                    }))
+                };
+                run(job, rank, connect, |_| {}).unwrap()
+            })
+            .collect();
+        Report::new(job, &outcomes)
+    }
+
+    #[test]
+    fn a_right_layer_is_verified() {
+        for routing in [Routing::Uniform, Routing::Zipf, Routing::Hot, Routing::One] {
+            let job = Job { routing, ..small() };
+            let report = report(&job, None);
+            assert!(report.verified(), "{report}");
+        }
+    }
+
+    #[test]
+    fn a_layer_that_loses_one_row_is_not() {
+        for dtype in [Dtype::Bf16, Dtype::Fp8] {
+            let job = Job {
+                dtype,
+                tokens: 64,
+                ..small()
+            };
+            let report = report(&job, Some((40, 2)));
+            assert!(!report.verified(), "{report}");
+        }
+    }
+}
