@@ -115,9 +115,11 @@ fn run_rank(
             Step::Dispatch(parts) => {
                 if parts & ffi::EP_DISPATCH_SEND != 0 {
                     world.ranks[rank].outputs[slot].poison();
-                    world.ranks[rank].handles[slot]
-                        .iter()
-                        .for_each(|memory| memory.fill(POISON));
+                    // What is left of an earlier handle leads somewhere: to slot 0 of rank 0.
+                    let [route, recv_map, recv_rows] = &world.ranks[rank].handles[slot];
+                    route.fill(0);
+                    recv_map.fill(POISON);
+                    recv_rows.fill(POISON);
                 }
                 let args = world.dispatch_args(rank, slot, tensors, parts);
                 harness::dispatch(&args).map_err(|error| error.to_string())?;
@@ -598,6 +600,48 @@ fn a_rank_that_was_given_up_does_not_wait_in_vain() {
 }
 
 #[test]
+fn a_partial_of_a_later_combine_is_not_waited_for() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let world = World::new(&case, 1, 1, Duration::from_secs(600));
+    let inputs = case.inputs(0);
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    for part in [ffi::EP_DISPATCH_SEND, ffi::EP_DISPATCH_RECV] {
+        for (rank, tensors) in tensors.iter().enumerate() {
+            harness::dispatch(&world.dispatch_args(rank, 0, tensors, part)).unwrap();
+        }
+    }
+    for slot in 0..case.max_tokens as u64 {
+        let partials = world.layout.partials + world.layout.partials_source_stride;
+        let partial = partials + slot * world.layout.partial_stride;
+        world.ranks[0].symmetric.set_word(partial, 2);
+    }
+
+    let oracle = Oracle::new(&case, 0, &inputs, Links::all(2));
+    let y = Memory::of(&oracle.expert_outputs(0), u16::to_le_bytes);
+    let out = Memory::poisoned(2 * inputs[0].tokens * case.hidden);
+    let start = Instant::now();
+    let args = world.combine_args(0, 0, &tensors[0], &y, &out, COMBINE);
+    harness::combine(&args).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_COMBINE,
+        ffi::EP_PHASE_PARTIALS,
+        1,
+        1,
+    );
+    assert_eq!(given_up(&world, 0), vec![record]);
+    let alone = Oracle::new(&case, 0, &inputs, Links::all(2).cut(0, 1));
+    alone
+        .check_combine(0, &out.values(u16::from_le_bytes))
+        .unwrap();
+}
+
+#[test]
 fn wrong_content_of_a_peer_does_no_harm() {
     // All tokens go to experts of rank 0, which is alone; rank 1 is what the test writes.
     let case = Case {
@@ -672,6 +716,7 @@ fn wrong_content_of_a_peer_does_no_harm() {
             let row = &map[(case.max_tokens + slot) * (case.top_k + 2)..][..case.top_k + 2];
             let entries = (row[0] >> 32) as usize;
             assert!(entries <= case.top_k + 1);
+            assert!(entries == 0 || (row[0] as u32) < case.max_tokens as u32);
             let limit = (case.local_experts() * case.rows_per_expert()) as u32;
             assert!(row[1..=entries].iter().all(|&entry| (entry as u32) < limit));
         }

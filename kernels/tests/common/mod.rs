@@ -18,6 +18,9 @@ use std::fmt::Debug;
 /// Channels that share a scale.
 pub(crate) const BLOCK: usize = 128;
 
+/// Infinities and NaNs of both signs.
+const SPECIALS: [u16; 4] = [0x7f80, 0xff80, 0x7fc0, 0xffc0];
+
 /// How tokens choose experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Routing {
@@ -97,7 +100,7 @@ pub(crate) struct Case {
     pub(crate) weights: Weights,
     pub(crate) precision: Precision,
     pub(crate) odd: Odd,
-    /// Infinities and NaNs among the channels of x.
+    /// Infinities and NaNs among the channels of x and of expert outputs.
     pub(crate) specials: bool,
     pub(crate) seed: u64,
 }
@@ -157,7 +160,7 @@ impl Case {
         (0..self.hidden)
             .map(|_| match rng.below(64) {
                 0 => rng.pick(&[0x0000, 0x8000]),
-                1 if self.specials => rng.pick(&[0x7f80, 0xff80, 0x7fc0, 0xffc0]),
+                1 if self.specials => rng.pick(&SPECIALS),
                 _ => rng.bf16(low, high),
             })
             .collect()
@@ -237,8 +240,9 @@ impl Case {
             place[4],
         ]);
         (0..self.hidden)
-            .map(|_| match rng.below(32) {
+            .map(|_| match rng.below(64) {
                 0 => rng.pick(&[0x0000, 0x8000]),
+                1 if self.specials => rng.pick(&SPECIALS),
                 _ => rng.bf16(low, high),
             })
             .collect()
@@ -502,6 +506,9 @@ impl<'a> Oracle<'a> {
                     return Err(format!("{}: {bits:#06x}, not {exact:#06x}", place()));
                 }
                 let (dense, bound) = combine_dense(&owners, channel);
+                if !dense.is_finite() {
+                    continue;
+                }
                 let error = (f64::from(bf16_value(bits)) - dense).abs();
                 if error > bound || error.is_nan() {
                     return Err(format!("{}: off by {error:e}, over {bound:e}", place()));
@@ -758,7 +765,8 @@ pub(crate) fn combine_exact(owners: &[Vec<Term>], channel: usize) -> u16 {
 /// Below the normal range a rounding is off by half a subnormal instead of a part of the value:
 /// 2^-150 for a product in float32 (sums are exact there) and 2^-134 for bf16. That is added for
 /// every rounding, doubled to cover its growth in the later steps. The float64 sum itself is off by
-/// less than 2^-40 of ΣA, which is added too. Nothing overflows in these cases.
+/// less than 2^-40 of ΣA, which is added too. Nothing overflows in these cases; a sum of infinities
+/// or NaNs has no bound.
 pub(crate) fn combine_dense(owners: &[Vec<Term>], channel: usize) -> (f64, f64) {
     let (u, v) = (2f64.powi(-24), 2f64.powi(-8));
     let gamma = |n: usize| n as f64 * u / (1.0 - n as f64 * u);
