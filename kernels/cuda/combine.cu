@@ -143,7 +143,7 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
     for (;;) {
       if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
       if (__all_sync(~0u, !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch))) break;
-      if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) {
+      if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
         if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
         return;
       }
@@ -223,15 +223,18 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners, const
     // Each rank begins with another source, so that at any time ranks send to different ones.
     const uint32_t source = (row + g.rank + 1) % g.num_ranks;
     const uint32_t slot = row / g.num_ranks;
+    if (slot >= source_rows[source]) continue;
     const uint64_t partner = partners[source];
-    if (slot < source_rows[source] && partner != 0)
+    if (partner != 0)
       send_unit(p, epoch, source, partner, slot, u % units_per_row * kUnitLines);
+    else if (threadIdx.x % 32 == 0 && peer_base(g, source) == 0)
+      record_peer_fault(g, kCombineSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, source, 0, 0);
   }
 }
 
 // Sums some lines of one token's partials. One warp.
 template <class P>
-__device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_t token, uint32_t first_line) {
+__device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partners, uint64_t epoch, uint32_t token, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
@@ -244,6 +247,13 @@ __device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_
 
   const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank));
   const uint8_t* own = base + lane.piece * 16;
+  // What a rank that takes no part had promised does not come.
+  if (route != kNowhere && partners[route >> 16] == 0) [[unlikely]] {
+    if (peer_base(g, route >> 16) == 0)
+      record_peer_fault(g, kCombineRecv, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_PARTIALS, route >> 16, token, 0);
+    route = kNowhere;
+  }
+
   Channels sum = {};
   bool any = false;
   uint32_t next = __reduce_min_sync(~0u, route);
@@ -287,7 +297,7 @@ __device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_
       bool over = false;
       while (!over && __any_sync(~0u, mine && arch::ld_relaxed_sys_u64(flag) != epoch))
         over = __any_sync(~0u, patience.expired(g, kCombineRecv, epoch));
-      if (over) {
+      if (over) [[unlikely]] {
         absent = missing;
         uint32_t mine_at = at[0];
 #pragma unroll
@@ -320,12 +330,12 @@ __device__ __forceinline__ void receive_unit(const P& p, uint64_t epoch, uint32_
 }
 
 template <class P>
-__device__ __forceinline__ void receive(const P& p, uint64_t epoch) {
+__device__ __forceinline__ void receive(const P& p, const uint64_t* partners, uint64_t epoch) {
   const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
   const uint32_t units = p.a.handle.num_tokens * units_per_row;
   const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
   for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kRecvWarps * gridDim.x)
-    receive_unit(p, epoch, u / units_per_row, u % units_per_row * kLinesPerWarp);
+    receive_unit(p, partners, epoch, u / units_per_row, u % units_per_row * kLinesPerWarp);
 }
 
 template <uint32_t H>
@@ -364,7 +374,7 @@ __global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1) combine(const 
     for (uint32_t t = (warp - kSendWarps) * gridDim.x + blockIdx.x; t < args.handle.num_tokens; t += kRecvWarps * gridDim.x)
       push_weights(p, t, partners, send_epoch);
   }
-  if (receives) receive(p, recv_epoch);
+  if (receives) receive(p, partners, recv_epoch);
 }
 
 using CombineKernel = void(const ep_combine_args);
@@ -378,7 +388,8 @@ CombineKernel* kernel_for(uint32_t hidden) {
 }
 
 bool is_sound(const ep_combine_args& a) {
-  if (a.struct_size != sizeof(a) || (a.flags & (EP_COMBINE_SEND | EP_COMBINE_RECV)) == 0 ||
+  constexpr uint32_t kParts = EP_COMBINE_SEND | EP_COMBINE_RECV;
+  if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 || (a.flags & ~(kParts | EP_COMBINE_WEIGHTS)) != 0 ||
       !group_is_sound(a.group) || !handle_is_sound(a.handle, a.group, a.layout))
     return false;
   const bool tokens = a.handle.num_tokens != 0;

@@ -270,7 +270,7 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
   const Entry entry = classify(p, EntryLane(32), id);
-  if (writes && (entry.kind == kOutOfRange || entry.kind == kRepeated))
+  if (writes && (entry.kind == kOutOfRange || entry.kind == kRepeated)) [[unlikely]]
     record_fault(g, kDispatchSend, epoch, entry.kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
                  EP_PHASE_SEND, g.rank, token, id);
   const bool valid = entry.valid();
@@ -285,8 +285,8 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_
   slot = __shfl_sync(~0u, slot, __ffs(same) - 1);
   uint32_t position = 0;
   if (valid) position = shared_at<uint32_t>(s.expert_rows)[entry.expert]++;
-  if (leads && !reachable && peer_base(g, owner) == 0)
-    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token);
+  if (leads && !reachable && peer_base(g, owner) == 0) [[unlikely]]
+    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token, 0);
 
   // Destinations in the order of ranks after this one, so that at any time ranks send to different
   // ones; the header's entries in top-k order.
@@ -329,7 +329,8 @@ __device__ __forceinline__ Scale scale_of(float amax, bool pow2) {
   // Up to the next power of two: the exponent alone, one more if any mantissa bit is set.
   const uint32_t bits = __float_as_uint(amax * (1.0f / 448.0f));
   const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffffu) != 0);
-  return {__uint_as_float((254 - exponent) << 23), __uint_as_float(exponent << 23)};
+  const float inverse = __uint_as_float(exponent << 23);
+  return {__frcp_rn(inverse), inverse};
 }
 
 __device__ __forceinline__ float2 bf16x2_to_float2(uint32_t v) {
@@ -618,7 +619,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       // No source can send more; a wrong value must not lead out of the output.
       if (i < packets) (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = min(value[j], g.max_tokens);
     }
-    if (doubt) {
+    if (doubt) [[unlikely]] {
 #pragma unroll 1
       for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
         if ((expected >> j & 1) == 0) continue;
@@ -717,7 +718,7 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
         if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
       }
       // Until the readers are done, their patience is what counts.
-      if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) {
+      if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) [[unlikely]] {
         if (threadIdx.x % 32 == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
         over = true;
       }
@@ -878,12 +879,16 @@ DispatchKernel* kernel_for(uint32_t hidden) {
 
 bool is_sound(const ep_dispatch_args& a) {
   constexpr uint32_t kParts = EP_DISPATCH_SEND | EP_DISPATCH_RECV;
+  constexpr uint32_t kFlags =
+      kParts | EP_DISPATCH_FP8 | EP_DISPATCH_WEIGHTS | EP_DISPATCH_POW2 | EP_DISPATCH_UE8M0;
   if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 || !group_is_sound(a.group) ||
       !handle_is_sound(a.handle, a.group, a.layout))
     return false;
   if ((a.flags & EP_DISPATCH_SEND) != 0 && a.handle.num_tokens != 0 && (a.x == 0 || a.topk_idx == 0)) return false;
   if ((a.flags & EP_DISPATCH_WEIGHTS) != 0 && a.handle.num_tokens != 0 && a.topk_weights == 0) return false;
-  if ((a.flags & EP_DISPATCH_UE8M0) != 0 && (a.flags & EP_DISPATCH_POW2) == 0) return false;
+  if ((a.flags & ~kFlags) != 0 || ((a.flags & EP_DISPATCH_UE8M0) != 0 && (a.flags & EP_DISPATCH_POW2) == 0) ||
+      ((a.flags & EP_DISPATCH_POW2) != 0 && (a.flags & EP_DISPATCH_FP8) == 0))
+    return false;
   return (a.flags & EP_DISPATCH_RECV) == 0 ||
          (a.recv_x != 0 && a.recv_count != 0 && a.src_info != 0 && a.layout_range != 0 &&
           ((a.flags & EP_DISPATCH_FP8) == 0 || a.recv_scales != 0));

@@ -95,10 +95,10 @@ __device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t
 
 // At most one record of this peer in this part of this operation.
 __device__ __forceinline__ void record_peer_fault(const ep_group& g, Part p, uint64_t epoch, uint32_t fault,
-                                               uint32_t phase, uint32_t peer, int64_t value) {
+                                               uint32_t phase, uint32_t peer, uint64_t token, int64_t value) {
   const Control control(g);
   if (arch::atom_max_relaxed_gpu_u64(control.reported(p, peer), epoch) < epoch)
-    record_fault(g, p, epoch, fault, phase, peer, 0, value);
+    record_fault(g, p, epoch, fault, phase, peer, token, value);
 }
 
 __device__ __forceinline__ uint64_t peer_base(const ep_group& g, uint32_t rank) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ uint64_t waited_ns(const ep_group& g, Part p, uint64_
 }
 
 __device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64_t epoch, uint32_t phase, uint32_t peer) {
-  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, static_cast<int64_t>(waited_ns(g, p, epoch)));
+  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, 0, static_cast<int64_t>(waited_ns(g, p, epoch)));
 }
 
 // Counts vain polls of one wait; looks at the clock only now and then, and not at all at first.
@@ -133,7 +133,7 @@ class Patience {
  public:
   // Call after each vain poll. True once the operation's time is over.
   __device__ __forceinline__ bool expired(const ep_group& g, Part p, uint64_t epoch) {
-    if (--polls_ != 0) return false;
+    if (--polls_ != 0) [[likely]] return false;
     polls_ = 64;
     return waited_ns(g, p, epoch) >= g.timeout_ns;
   }

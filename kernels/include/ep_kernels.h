@@ -55,7 +55,7 @@ extern "C" {
 #define EP_FAULT_TIMEOUT 1u          /* value: nanoseconds waited */
 #define EP_FAULT_EXPERT_RANGE 2u     /* token, value: the expert id */
 #define EP_FAULT_EXPERT_REPEATED 3u  /* token, value: the expert id; counted once */
-#define EP_FAULT_UNREACHABLE 4u      /* peer's table entry is null although a token goes there */
+#define EP_FAULT_UNREACHABLE 4u      /* token: one that goes to a peer whose table entry is null */
 
 #define EP_OP_DISPATCH 1u
 #define EP_OP_COMBINE 2u

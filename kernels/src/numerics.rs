@@ -6,7 +6,7 @@ pub(crate) const SCALE_BLOCK: usize = 128;
 /// Largest finite E4M3 value.
 const E4M3_MAX: f32 = 448.0;
 const E4M3_MAX_CODE: u32 = 0x7e;
-const E4M3_NAN: u32 = 0x7f;
+const E4M3_NAN: u8 = 0x7f;
 
 /// Smallest `amax` that a scale is computed from: keeps scales finite for rows of zeros.
 const AMAX_FLOOR: f32 = 1e-4;
@@ -27,7 +27,8 @@ pub(crate) fn bf16_from_f32(value: f32) -> u16 {
     }
 }
 
-/// Rounds to E4M3, ties to even, saturating at ±448 (infinities too). A NaN keeps its sign.
+/// Rounds to E4M3, ties to even, saturating at ±448 (infinities too). Every NaN becomes
+/// `0x7f`, as `cvt.rn.satfinite.e4m3x2.f32` has it.
 pub(crate) fn e4m3_from_f32(value: f32) -> u8 {
     let bits = value.to_bits();
     let sign = (bits >> 24) as u8 & 0x80;
@@ -49,12 +50,11 @@ pub(crate) fn e4m3_from_f32(value: f32) -> u8 {
     } else {
         normal
     };
-    let code = if magnitude > 0x7f80_0000 {
+    if magnitude > 0x7f80_0000 {
         E4M3_NAN
     } else {
-        finite
-    };
-    sign | code as u8
+        sign | finite as u8
+    }
 }
 
 /// How scales are rounded.
@@ -85,10 +85,7 @@ pub(crate) fn quantize_block(x: &[u16], rounding: ScaleRounding, out: &mut [u8])
         }
     };
     for (&bits, code) in x.iter().zip(out) {
-        let scaled = bf16_to_f32(bits) * scale;
-        // An infinity times the scale 0 is a NaN, whose sign the machine may choose: take x's.
-        let sign = u32::from(bits & 0x8000) << 16;
-        *code = e4m3_from_f32(f32::from_bits((scaled.to_bits() & 0x7fff_ffff) | sign));
+        *code = e4m3_from_f32(bf16_to_f32(bits) * scale);
     }
     inverse
 }
@@ -217,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_infinities_and_nans_keep_their_signs() {
+    fn zeros_keep_their_signs_and_nans_do_not() {
         for rounding in [ScaleRounding::Exact, ScaleRounding::PowerOfTwo] {
             let mut q = vec![1; SCALE_BLOCK];
             quantize_block(&vec![0x8000; SCALE_BLOCK], rounding, &mut q);
@@ -228,12 +225,12 @@ mod tests {
             x[4] = 0x7fc0;
             let inverse = quantize_block(&x, rounding, &mut q);
             assert!(inverse.is_finite());
-            assert_eq!((q[3], q[4]), (0xff, 0x7f));
+            assert_eq!((q[3], q[4]), (0x7f, 0x7f));
 
             let mut x = block(f32::NEG_INFINITY, -1.0);
             x[2] = 0x7f80;
             assert_eq!(quantize_block(&x, rounding, &mut q), f32::INFINITY);
-            assert_eq!((q[0], q[1], q[2]), (0xff, 0x80, 0x7f));
+            assert_eq!((q[0], q[1], q[2]), (0x7f, 0x80, 0x7f));
         }
     }
 }

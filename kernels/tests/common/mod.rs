@@ -629,7 +629,8 @@ impl Encoded {
             for &channel in block {
                 let sign = (channel >> 8) as u8 & 0x80;
                 let magnitude = bf16_value(channel & 0x7fff);
-                bytes.push(sign | e4m3_magnitude(&values, magnitude * scale));
+                let code = e4m3_magnitude(&values, magnitude * scale);
+                bytes.push(if code == 0x7f { code } else { sign | code });
             }
             inverses.push(inverse);
         }
