@@ -413,6 +413,28 @@ mod tests {
     }
 
     #[test]
+    fn the_first_deadline_of_the_group_is_kept() {
+        let pairs = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let [(first, hurried), (second, _silent)] = pairs;
+        let hub = Star::hub([first, second].map(|end| Link::new(end.into())).into());
+        let hurried = Star::leaf(1, 3, Link::new(hurried.into()));
+        let deadline = Instant::now() + Duration::from_millis(500);
+        std::thread::scope(|scope| {
+            let leaf = scope.spawn(|| hurried.barrier(STEP, deadline).unwrap_err());
+            // Rank 0 would wait longer, but then rank 1 could not be told who is missing.
+            let hub = hub.barrier(STEP, soon()).unwrap_err();
+            assert!(Instant::now() < deadline);
+            for error in [hub, leaf.join().unwrap()] {
+                let Error::Exchange(fault) = error else {
+                    panic!("{error}")
+                };
+                assert_eq!(fault.ranks, [2]);
+                assert!(matches!(fault.cause, Cause::Missing { .. }));
+            }
+        });
+    }
+
+    #[test]
     fn a_record_that_does_not_fit_is_refused_before_memory_is_set_aside() {
         let (hub, mut stream) = hub_and_stream();
         let mut bytes = record();
@@ -428,6 +450,9 @@ mod tests {
         };
         assert_eq!(fault, Fault::new(STEP, 1, cause));
         // The rank at fault is told like the others.
+        stream
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
         let mut told = Vec::new();
         stream.read_to_end(&mut told).unwrap();
         assert_eq!(Fault::decode(&told[frame::HEADER_BYTES..]), Some(fault));
