@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 
 #include "arch/fp8.cuh"
+#include "arch/mbarrier.cuh"
 #include "group.cuh"
 #include "launch.cuh"
 #include "line.cuh"
@@ -44,7 +45,7 @@ constexpr uint32_t kChannelsPerScale = 128;
 struct Fixed {
   uint64_t send_epoch;
   uint64_t recv_epoch;
-  uint32_t placeable;  // set by the readers once `begin` and `source_rows` are complete
+  uint64_t placeable;  // barrier: readers arrive once `begin` and `source_rows` are complete
 };
 
 // Offsets of what a block keeps in its dynamic shared memory.
@@ -641,9 +642,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 #pragma unroll 1
     for (uint32_t r = 1; r <= g.num_ranks; ++r) row[r] = sum += row[r];
   }
+  arch::mbarrier_arrive_release_cta(&shared_at<Fixed>(s.fixed)->placeable);
   arch::bar_sync(kReadBarrier, kReaders);
-  __threadfence_block();
-  if (thread == 0) *const_cast<volatile uint32_t*>(&shared_at<Fixed>(s.fixed)->placeable) = 1;
 }
 
 // What does not depend on rows. The readers of one block write it.
@@ -669,7 +669,7 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
 
 // Whether the readers are done.
 __device__ __forceinline__ bool placeable(const Shared& s) {
-  return *const_cast<const volatile uint32_t*>(&shared_at<Fixed>(s.fixed)->placeable) != 0;
+  return arch::mbarrier_test_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
 }
 
 // Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
@@ -843,7 +843,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     for (uint32_t r = lane; r < g.num_ranks; r += 32) shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
     if (lane == 0) fixed->send_epoch = epoch;
     if (lane == 1) fixed->recv_epoch = epoch;
-    if (lane == 2) fixed->placeable = 0;
+    if (lane == 2) arch::mbarrier_init(&fixed->placeable, kReaders);
   }
   auto meet = [] { __syncthreads(); };
   if (warp < kSenderWarps) {
