@@ -199,8 +199,8 @@ impl Buffer {
         check: impl FnOnce() -> Result<T, ArgumentError>,
     ) -> Result<T, Error> {
         check().map_err(|source| Error::Argument {
-            rank: self.rank(),
-            operation,
+            rank: Some(self.rank()),
+            operation: operation.kernel(),
             source,
         })
     }

@@ -8,7 +8,7 @@ use ep_alloc::{
     Allocation, BackendKind, Cause, Export, Failure, ImportRefusal, Plan, RankFacts, decide,
 };
 use ep_peers::wire::{Facts, Identity, Refusal};
-use ep_peers::{DescriptorError, Offer, Peers, Reason, Unreachable, connect};
+use ep_peers::{Access, DescriptorError, Offer, Peers, Reason, Unreachable, connect};
 use ep_sys::{Call, DevicePtr, vmm};
 use parking_lot::{Mutex, MutexGuard};
 
@@ -26,8 +26,9 @@ pub(crate) struct Connection {
     order: Mutex<Order>,
 }
 
+/// One attempt's memory and peers.
 #[derive(Debug)]
-struct Ties {
+pub(crate) struct Ties {
     peers: Peers,
     memory: Symmetric,
 }
@@ -120,7 +121,7 @@ impl Drop for Connection {
 
 impl Ties {
     /// One attempt, by one backend. Collective; every rank has an error if one has.
-    fn new(
+    pub(crate) fn new(
         session: &Session,
         device: &Device,
         facts: &[RankFacts],
@@ -148,7 +149,11 @@ impl Ties {
     }
 
     /// A pair of ranks that do not reach each other, if there is one. Adds them all to the evidence.
-    fn learn(&self, backend: BackendKind, imports: &mut Vec<ImportRefusal>) -> Option<Unreachable> {
+    pub(crate) fn learn(
+        &self,
+        backend: BackendKind,
+        imports: &mut Vec<ImportRefusal>,
+    ) -> Option<Unreachable> {
         let ranks = 0..self.peers.num_ranks();
         let pairs = ranks
             .clone()
@@ -168,8 +173,18 @@ impl Ties {
         first
     }
 
+    /// Whether and how each rank reaches each, `[from][to]`.
+    pub(crate) fn verdicts(&self) -> Vec<Vec<Result<Access, Reason>>> {
+        let ranks = 0..self.peers.num_ranks();
+        let row = |from| {
+            let verdicts = ranks.clone().map(|to| self.peers.verdict(from, to));
+            verdicts.collect()
+        };
+        ranks.clone().map(row).collect()
+    }
+
     /// Leaves the group. What this rank had mapped is given back in any case.
-    fn close(self, session: &Session) -> Result<(), Error> {
+    pub(crate) fn close(self, session: &Session) -> Result<(), Error> {
         let Self { peers, memory } = self;
         let rank = session.rank();
         let left = peers.disconnect(&session.group(), session.due());
@@ -206,8 +221,7 @@ impl Symmetric {
     ) -> Result<(Self, Export), Error> {
         let memory = |source| Error::Memory { rank, source };
         let (driver, ordinal) = (device.driver(), device.ordinal());
-        let allocation =
-            Allocation::new(driver, ordinal, backend, bytes, false).map_err(memory)?;
+        let allocation = Allocation::new(driver, ordinal, backend, bytes, false).map_err(memory)?;
         let zeroed = vmm::Stream::new(driver, ordinal).and_then(|stream| {
             let (ptr, bytes) = (allocation.ptr(), allocation.bytes());
             driver.fill(ordinal, ptr, 0, bytes, stream.handle())?;
@@ -260,6 +274,10 @@ impl Symmetric {
                 bytes = self.allocation.bytes(),
                 "symmetric memory is not freed: the group broke and its threads may still use it"
             );
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "to free what another thread's kernels may write is worse than to leak it"
+            )]
             mem::forget(self.allocation);
         }
     }

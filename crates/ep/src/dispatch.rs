@@ -260,11 +260,11 @@ impl Buffer {
         Ok(PendingDispatch {
             unreceived: self.unreceived(Operation::Dispatch, number),
             call: launch::Dispatch {
-                flags: call.flags & !EP_DISPATCH_SEND | EP_DISPATCH_RECV,
-                x: 0,
-                topk_idx: 0,
-                topk_weights: 0,
-                ..call
+                flags: options.format.flags() | EP_DISPATCH_RECV,
+                slot: call.slot,
+                num_tokens: call.num_tokens,
+                top_k: call.top_k,
+                ..launch::Dispatch::default()
             },
             format: options.format,
             lease,

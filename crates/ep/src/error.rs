@@ -3,7 +3,7 @@
 use std::fmt;
 
 use ep_alloc::{ChoiceError, Failure, Plan, PolicyError};
-use ep_kernels::{LaunchError, ShapeError};
+use ep_kernels::{Kernel, LaunchError, ShapeError};
 use ep_peers::Unreachable;
 use ep_sys::DevicePtr;
 
@@ -120,12 +120,12 @@ pub enum Error {
         source: LaunchError,
     },
     /// An argument is not what the operation takes.
-    #[error("rank {rank}: {operation} does not take these arguments")]
+    #[error("{}{operation} does not take these arguments", Of(*rank))]
     Argument {
-        /// This rank.
-        rank: u32,
+        /// This rank, where the caller has one.
+        rank: Option<u32>,
         /// The operation.
-        operation: Operation,
+        operation: Kernel,
         /// Which argument, and why.
         source: ArgumentError,
     },
@@ -311,11 +311,9 @@ pub enum ArgumentError {
 }
 
 /// Something that an operation did not take, and why. What it was given comes back.
-#[derive(thiserror::Error)]
-#[error("{error}")]
 pub struct Rejected<T> {
     /// What was given.
-    pub operand: T,
+    pub operand: Box<T>,
     /// Why it was not taken.
     pub error: Box<Error>,
 }
@@ -323,9 +321,21 @@ pub struct Rejected<T> {
 impl<T> Rejected<T> {
     pub(crate) fn new(operand: T, error: impl Into<Error>) -> Self {
         Self {
-            operand,
+            operand: Box::new(operand),
             error: Box::new(error.into()),
         }
+    }
+}
+
+impl<T> std::error::Error for Rejected<T> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl<T> fmt::Display for Rejected<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.error, f)
     }
 }
 

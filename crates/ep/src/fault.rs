@@ -1,12 +1,13 @@
 //! What operations report while they run.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
+use ep_kernels::Kernel;
 use ep_kernels::ffi::{self, EP_FAULT_BYTES, EP_FAULT_RING};
 use ep_sys::vmm::HostBuffer;
 use ep_sys::{DeviceOrdinal, Driver};
-use std::sync::Arc;
 
 use crate::Error;
 
@@ -22,6 +23,14 @@ pub enum Operation {
 }
 
 impl Operation {
+    pub(crate) fn kernel(self) -> Kernel {
+        match self {
+            Self::Dispatch => Kernel::Dispatch,
+            Self::Combine => Kernel::Combine,
+            Self::Barrier => Kernel::Barrier,
+        }
+    }
+
     fn from_code(code: u32) -> Option<Self> {
         match code {
             ffi::EP_OP_DISPATCH => Some(Self::Dispatch),
@@ -34,11 +43,7 @@ impl Operation {
 
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Dispatch => "dispatch",
-            Self::Combine => "combine",
-            Self::Barrier => "barrier",
-        })
+        fmt::Display::fmt(&self.kernel(), f)
     }
 }
 

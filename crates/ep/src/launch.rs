@@ -11,6 +11,8 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use ep_kernels::CudaKernels;
 use ep_kernels::{Kernels, LaunchError, ffi};
 use ep_sys::{DeviceOrdinal, DevicePtr, Driver, StreamHandle};
 
@@ -119,6 +121,66 @@ pub(crate) struct Combine {
     pub(crate) y: u64,
     pub(crate) topk_weights: u64,
     pub(crate) out: u64,
+}
+
+/// A conversion to bf16 whose tensors have been checked.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dequantize {
+    pub(crate) x: u64,
+    pub(crate) scales: u64,
+    pub(crate) scale_stride: u64,
+    pub(crate) out: u64,
+    pub(crate) rows: u32,
+    pub(crate) hidden: u32,
+}
+
+/// A SwiGLU whose tensors have been checked.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Swiglu {
+    pub(crate) gate_up: u64,
+    pub(crate) out: u64,
+    pub(crate) rows: u32,
+    pub(crate) intermediate: u32,
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn dequantize(
+    kernels: CudaKernels,
+    call: &Dequantize,
+    stream: &Stream,
+) -> Result<(), LaunchError> {
+    let args = ffi::ep_dequantize_args {
+        struct_size: size_of::<ffi::ep_dequantize_args>() as u32,
+        device: stream.device().ordinal().0.cast_signed(),
+        x: call.x,
+        scales: call.scales,
+        scale_stride: call.scale_stride,
+        out: call.out,
+        rows: call.rows,
+        hidden: call.hidden,
+    };
+    // SAFETY: the tensors were checked.
+    unsafe { kernels.dequantize(&args, stream.handle().0) }
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn swiglu(
+    kernels: CudaKernels,
+    call: &Swiglu,
+    stream: &Stream,
+) -> Result<(), LaunchError> {
+    let args = ffi::ep_swiglu_args {
+        struct_size: size_of::<ffi::ep_swiglu_args>() as u32,
+        device: stream.device().ordinal().0.cast_signed(),
+        gate_up: call.gate_up,
+        out: call.out,
+        rows: call.rows,
+        intermediate: call.intermediate,
+    };
+    // SAFETY: the tensors were checked.
+    unsafe { kernels.swiglu(&args, stream.handle().0) }
 }
 
 /// What a launch uses of its buffer.

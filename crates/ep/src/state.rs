@@ -85,7 +85,7 @@ impl DeviceState {
 
 /// A control block in which every rank takes part and nothing has happened yet.
 fn control_image(shape: &Shape) -> Vec<u8> {
-    let mut image = vec![1, 0, 0, 0].repeat(shape.num_ranks as usize);
+    let mut image = [1, 0, 0, 0].repeat(shape.num_ranks as usize);
     image.resize(shape.control_bytes() as usize, 0);
     image
 }

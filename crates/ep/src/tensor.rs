@@ -70,6 +70,17 @@ impl Dims {
             .try_fold(1_usize, |all, &size| all.checked_mul(size))
     }
 
+    /// The outermost size and the others.
+    fn split_outermost(&self) -> Option<(usize, Self)> {
+        let (outermost, inner) = self.as_slice().split_first()?;
+        let mut dims = Self {
+            sizes: [1; Self::MAX],
+            len: self.len - 1,
+        };
+        dims.sizes[..inner.len()].copy_from_slice(inner);
+        Some((*outermost, dims))
+    }
+
     /// The sizes.
     pub fn as_slice(&self) -> &[usize] {
         &self.sizes[..self.len.into()]
@@ -342,6 +353,17 @@ macro_rules! views {
                     *outermost = len.min(*outermost);
                 }
                 self
+            }
+
+            /// Entry `index` of the outermost dimension, without that dimension; `None` if it has
+            /// fewer.
+            pub fn nth(mut self, index: usize) -> Option<Self> {
+                let (len, inner) = self.raw.dims.split_outermost()?;
+                let bytes = inner.elements()?.checked_mul(self.raw.dtype.bytes())?;
+                let offset = u64::try_from(bytes.checked_mul(index)?).ok()?;
+                self.raw.ptr = self.raw.ptr.offset(offset);
+                self.raw.dims = inner;
+                (index < len).then_some(self)
             }
 
             pub(crate) fn raw(&self) -> &Raw<'a> {

@@ -1,0 +1,535 @@
+//! Ranks that run cases through the facade and compare them with the oracle: as threads, or as
+//! processes, on any device.
+
+#![allow(
+    dead_code,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use ep::driver::{DeviceOrdinal, Driver};
+use ep::{
+    Buffer, BufferBuilder, CombineInput, Communicator, Config, DType, Device, DispatchInput,
+    DispatchOptions, DispatchOutput, Error, FaultKind, Handle, Operation, PendingCombine,
+    PendingDispatch, Scales, Stream, Tensor,
+};
+
+use crate::common::{self, BadEntry, Case, Input, Links, Odd, Oracle, Precision, Routing, Weights};
+
+/// What outputs hold before an operation.
+pub(crate) const POISON: u8 = 0xa5;
+
+/// Bound on everything that should not take long: generous, because the machine may be busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// In which order dispatches and combines follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// One after the other, each in one launch.
+    Fused,
+    /// One after the other, send and receive parts apart.
+    Split,
+    /// Two results alive at once.
+    Nested,
+    /// Two dispatches sent before the first is received.
+    Overlapped,
+}
+
+/// A small case that has a bit of everything.
+pub(crate) fn case(ranks: usize) -> Case {
+    Case {
+        ranks,
+        experts: 3 * ranks,
+        hidden: 256,
+        top_k: 4,
+        max_tokens: 9,
+        tokens: (0..ranks).map(|rank| [7, 0, 9, 1][rank % 4]).collect(),
+        routing: Routing::Uniform,
+        weights: Weights::AtDispatch,
+        precision: Precision::Bf16,
+        odd: Odd {
+            missing: true,
+            out_of_range: false,
+            repeated: false,
+        },
+        specials: false,
+        seed: 7,
+    }
+}
+
+pub(crate) fn config(case: &Case) -> Config {
+    let number = |value: usize| u32::try_from(value).unwrap();
+    Config::new(
+        number(case.hidden),
+        number(case.experts),
+        number(case.max_tokens),
+        number(case.top_k),
+    )
+    .with_sends_in_flight(2)
+}
+
+pub(crate) fn options(precision: Precision) -> DispatchOptions {
+    match precision {
+        Precision::Bf16 => DispatchOptions::bf16(),
+        Precision::Fp8 => DispatchOptions::fp8(Scales::F32),
+        Precision::Fp8Pow2 => DispatchOptions::fp8(Scales::Pow2),
+        Precision::Fp8Ue8m0 => DispatchOptions::fp8(Scales::Ue8m0),
+    }
+}
+
+/// Runs every rank on a thread of its own.
+pub(crate) fn threads<T: Send>(ranks: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
+    let rank = &rank;
+    thread::scope(|scope| {
+        let running: Vec<_> = Communicator::threads(ranks.try_into().unwrap())
+            .into_iter()
+            .map(|comm| scope.spawn(move || rank(comm)))
+            .collect();
+        running
+            .into_iter()
+            .map(|rank| rank.join().expect("a rank panicked"))
+            .collect()
+    })
+}
+
+/// What went wrong on any rank.
+pub(crate) fn all_well(outcomes: Vec<Result<(), String>>) -> Result<(), String> {
+    let failed = |(rank, outcome): (usize, Result<(), String>)| {
+        let error = outcome.err()?;
+        Some(format!("\nrank {rank}: {error}"))
+    };
+    let errors: String = outcomes
+        .into_iter()
+        .enumerate()
+        .filter_map(failed)
+        .collect();
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors)
+    }
+}
+
+/// Fails a rank in words.
+pub(crate) fn explain(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// A rank's part of a case.
+pub(crate) struct Rank<'c> {
+    pub(crate) buffer: Buffer,
+    pub(crate) stream: Stream,
+    case: &'c Case,
+}
+
+/// The tensors of one operation.
+pub(crate) struct Tensors {
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    pub(crate) received: DispatchOutput,
+    y: Tensor,
+    pub(crate) out: Tensor,
+}
+
+impl<'c> Rank<'c> {
+    pub(crate) fn new(device: &Device, comm: &Communicator, case: &'c Case) -> Result<Self, Error> {
+        Self::with(device, comm, case, |builder| builder)
+    }
+
+    pub(crate) fn with(
+        device: &Device,
+        comm: &Communicator,
+        case: &'c Case,
+        set: impl FnOnce(BufferBuilder) -> BufferBuilder,
+    ) -> Result<Self, Error> {
+        let builder = Buffer::builder(device, comm, config(case))
+            .deadline(PATIENCE)
+            .timeout(PATIENCE);
+        Ok(Self {
+            buffer: set(builder).build()?,
+            stream: Stream::new(device)?,
+            case,
+        })
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.buffer.rank() as usize
+    }
+
+    /// Runs operations `0..operations` in an order, compares each, and then what was reported.
+    pub(crate) fn run(&self, operations: usize, order: Order) -> Result<(), String> {
+        match order {
+            Order::Fused => (0..operations).try_for_each(|n| self.fused(n)),
+            Order::Split => (0..operations).try_for_each(|n| self.split(n)),
+            Order::Nested => (0..operations)
+                .step_by(2)
+                .try_for_each(|n| self.nested(n, n + 1)),
+            Order::Overlapped => (0..operations)
+                .step_by(2)
+                .try_for_each(|n| self.overlapped(n, n + 1)),
+        }
+    }
+
+    fn fused(&self, n: usize) -> Result<(), String> {
+        let inputs = self.case.inputs(n);
+        let oracle = self.oracle(n, &inputs);
+        let mut tensors = self.tensors(&oracle).map_err(explain)?;
+        let handle = self.dispatch(&mut tensors).map_err(explain)?;
+        self.check_dispatch(&oracle, &handle, &mut tensors)?;
+        self.combine(handle, &mut tensors).map_err(explain)?;
+        self.check_combine(&oracle, &tensors)
+    }
+
+    fn split(&self, n: usize) -> Result<(), String> {
+        let inputs = self.case.inputs(n);
+        let oracle = self.oracle(n, &inputs);
+        let mut tensors = self.tensors(&oracle).map_err(explain)?;
+        let pending = self.dispatch_send(&tensors).map_err(explain)?;
+        let handle = pending
+            .receive(&self.stream, &mut tensors.received)
+            .map_err(explain)?;
+        self.check_dispatch(&oracle, &handle, &mut tensors)?;
+        self.combine_send(handle, &tensors)
+            .map_err(explain)?
+            .receive(&self.stream, &mut tensors.out)
+            .map_err(explain)?;
+        self.check_combine(&oracle, &tensors)
+    }
+
+    fn nested(&self, a: usize, b: usize) -> Result<(), String> {
+        let inputs = [self.case.inputs(a), self.case.inputs(b)];
+        let (first, second) = (self.oracle(a, &inputs[0]), self.oracle(b, &inputs[1]));
+        let mut outer = self.tensors(&first).map_err(explain)?;
+        let mut inner = self.tensors(&second).map_err(explain)?;
+        let kept = self.dispatch(&mut outer).map_err(explain)?;
+        let handle = self.dispatch(&mut inner).map_err(explain)?;
+        self.check_dispatch(&second, &handle, &mut inner)?;
+        self.combine(handle, &mut inner).map_err(explain)?;
+        self.check_combine(&second, &inner)?;
+        self.check_dispatch(&first, &kept, &mut outer)?;
+        self.combine(kept, &mut outer).map_err(explain)?;
+        self.check_combine(&first, &outer)
+    }
+
+    fn overlapped(&self, a: usize, b: usize) -> Result<(), String> {
+        let inputs = [self.case.inputs(a), self.case.inputs(b)];
+        let (first, second) = (self.oracle(a, &inputs[0]), self.oracle(b, &inputs[1]));
+        let mut one = self.tensors(&first).map_err(explain)?;
+        let mut other = self.tensors(&second).map_err(explain)?;
+        let sent = self.dispatch_send(&one).map_err(explain)?;
+        let next = self.dispatch_send(&other).map_err(explain)?;
+        let handle = sent
+            .receive(&self.stream, &mut one.received)
+            .map_err(explain)?;
+        self.check_dispatch(&first, &handle, &mut one)?;
+        let later = next
+            .receive(&self.stream, &mut other.received)
+            .map_err(explain)?;
+        self.check_dispatch(&second, &later, &mut other)?;
+        let sent = self.combine_send(handle, &one).map_err(explain)?;
+        let next = self.combine_send(later, &other).map_err(explain)?;
+        sent.receive(&self.stream, &mut one.out).map_err(explain)?;
+        self.check_combine(&first, &one)?;
+        next.receive(&self.stream, &mut other.out)
+            .map_err(explain)?;
+        self.check_combine(&second, &other)
+    }
+
+    pub(crate) fn oracle<'o>(&'o self, operation: usize, inputs: &'o [Input]) -> Oracle<'o> {
+        Oracle::new(self.case, operation, inputs, Links::all(self.case.ranks))
+    }
+
+    /// The tensors of this rank for an operation; what is written is poisoned.
+    pub(crate) fn tensors(&self, oracle: &Oracle<'_>) -> Result<Tensors, Error> {
+        let (case, device) = (self.case, self.buffer.device());
+        let input = &oracle.inputs[self.rank()];
+        let (tokens, hidden, top_k) = (input.tokens, case.hidden, case.top_k);
+        let mut tensors = Tensors {
+            x: Tensor::from_host(device, DType::Bf16, [tokens, hidden], &input.x)?,
+            topk_idx: Tensor::from_host(device, DType::I64, [tokens, top_k], &input.topk_idx)?,
+            topk_weights: Tensor::from_host(
+                device,
+                DType::F32,
+                [tokens, top_k],
+                &input.topk_weights,
+            )?,
+            received: self.buffer.new_output(&options(case.precision))?,
+            y: Tensor::new(
+                device,
+                DType::Bf16,
+                [case.local_experts(), case.rows_per_expert(), hidden],
+            )?,
+            out: Tensor::new(device, DType::Bf16, [tokens, hidden])?,
+        };
+        self.poison(&mut tensors)?;
+        Ok(tensors)
+    }
+
+    pub(crate) fn poison(&self, tensors: &mut Tensors) -> Result<(), Error> {
+        tensors.received.fill(POISON, &self.stream)?;
+        tensors.out.fill(POISON, &self.stream)
+    }
+
+    fn input<'t>(&self, tensors: &'t Tensors) -> DispatchInput<'t> {
+        let with_weights = self.case.weights == Weights::AtDispatch;
+        DispatchInput {
+            x: tensors.x.view(),
+            topk_idx: tensors.topk_idx.view(),
+            topk_weights: with_weights.then(|| tensors.topk_weights.view()),
+        }
+    }
+
+    fn output<'t>(&self, tensors: &'t Tensors) -> CombineInput<'t> {
+        let input = CombineInput::new(&tensors.y);
+        match self.case.weights {
+            Weights::AtCombine => input.with_weights(&tensors.topk_weights),
+            _ => input,
+        }
+    }
+
+    pub(crate) fn dispatch(&self, tensors: &mut Tensors) -> Result<Handle, Error> {
+        let with_weights = self.case.weights == Weights::AtDispatch;
+        let input = DispatchInput {
+            x: tensors.x.view(),
+            topk_idx: tensors.topk_idx.view(),
+            topk_weights: with_weights.then(|| tensors.topk_weights.view()),
+        };
+        let options = options(self.case.precision);
+        self.buffer
+            .dispatch(&self.stream, &input, &options, &mut tensors.received)
+    }
+
+    fn dispatch_send(&self, tensors: &Tensors) -> Result<PendingDispatch<'_>, Error> {
+        let options = options(self.case.precision);
+        self.buffer
+            .dispatch_send(&self.stream, &self.input(tensors), &options)
+    }
+
+    pub(crate) fn combine(&self, handle: Handle, tensors: &mut Tensors) -> Result<(), Error> {
+        let input = CombineInput::new(&tensors.y);
+        let input = match self.case.weights {
+            Weights::AtCombine => input.with_weights(&tensors.topk_weights),
+            _ => input,
+        };
+        Ok(self
+            .buffer
+            .combine(&self.stream, handle, &input, &mut tensors.out)?)
+    }
+
+    fn combine_send(&self, handle: Handle, tensors: &Tensors) -> Result<PendingCombine<'_>, Error> {
+        Ok(self
+            .buffer
+            .combine_send(&self.stream, handle, &self.output(tensors))?)
+    }
+
+    /// Compares what a dispatch gave and reported, and runs the experts.
+    pub(crate) fn check_dispatch(
+        &self,
+        oracle: &Oracle<'_>,
+        handle: &Handle,
+        tensors: &mut Tensors,
+    ) -> Result<(), String> {
+        self.stream.synchronize().map_err(explain)?;
+        self.compare_dispatch(oracle, tensors)?;
+        let status = self.buffer.status_of(handle).map_err(explain)?;
+        let mut bad: Vec<_> = status
+            .faults
+            .iter()
+            .map(|fault| match fault.kind {
+                FaultKind::ExpertOutOfRange { token, id } => Ok(BadEntry::Range { token, id }),
+                FaultKind::ExpertRepeated { token, id } => Ok(BadEntry::Repeated { token, id }),
+                _ => Err(fault.to_string()),
+            })
+            .collect::<Result<_, _>>()?;
+        bad.sort();
+        let expected = oracle.bad_entries(self.rank());
+        // Once more have been written than the ring keeps, the oldest are missing.
+        let newest = self.buffer.faults().map_err(explain)?.last().copied();
+        let complete = newest.is_none_or(|newest| newest.sequence <= 64);
+        if complete && bad != expected || bad.iter().any(|entry| !expected.contains(entry)) {
+            return Err(format!("reported {bad:?}, not {expected:?}"));
+        }
+        self.experts(oracle, tensors).map_err(explain)
+    }
+
+    /// Compares what a dispatch gave.
+    pub(crate) fn compare_dispatch(
+        &self,
+        oracle: &Oracle<'_>,
+        tensors: &Tensors,
+    ) -> Result<(), String> {
+        let read = || {
+            let received = &tensors.received;
+            let recv_x = match self.case.precision {
+                Precision::Bf16 => {
+                    let values = received.recv_x.copy_to_host::<u16>()?;
+                    values
+                        .iter()
+                        .flat_map(|value| value.to_le_bytes())
+                        .collect()
+                }
+                _ => received.recv_x.copy_to_host::<u8>()?,
+            };
+            let recv_scales = match (&received.recv_scales, self.case.precision) {
+                (None, _) => Vec::new(),
+                (Some(scales), Precision::Fp8Ue8m0) => {
+                    let words = scales.copy_to_host::<i32>()?;
+                    words.into_iter().map(i32::cast_unsigned).collect()
+                }
+                (Some(scales), _) => {
+                    let words = scales.copy_to_host::<f32>()?;
+                    words.into_iter().map(f32::to_bits).collect()
+                }
+            };
+            let recv_count = received.recv_count.copy_to_host::<i32>()?;
+            let src_info = received.src_info.copy_to_host::<i32>()?;
+            let layout_range = received.layout_range.copy_to_host::<i64>()?;
+            Ok::<_, Error>((recv_x, recv_scales, recv_count, src_info, layout_range))
+        };
+        let (recv_x, recv_scales, recv_count, src_info, layout_range) = read().map_err(explain)?;
+        let output = common::DispatchOutput {
+            recv_x: &recv_x,
+            recv_scales: &recv_scales,
+            recv_count: &recv_count,
+            src_info: &src_info,
+            layout_range: &layout_range,
+        };
+        oracle.check_dispatch(self.rank(), &output, POISON)
+    }
+
+    /// Puts in place what the experts give.
+    pub(crate) fn experts(&self, oracle: &Oracle<'_>, tensors: &mut Tensors) -> Result<(), Error> {
+        tensors
+            .y
+            .copy_from_host(&oracle.expert_outputs(self.rank()))
+    }
+
+    /// Compares what a combine gave, and that it reported nothing.
+    pub(crate) fn check_combine(
+        &self,
+        oracle: &Oracle<'_>,
+        tensors: &Tensors,
+    ) -> Result<(), String> {
+        self.stream.synchronize().map_err(explain)?;
+        oracle.check_combine(
+            self.rank(),
+            &tensors.out.copy_to_host::<u16>().map_err(explain)?,
+        )?;
+        match self.buffer.status().map_err(explain)? {
+            Some(status) if status.operation == Operation::Combine && status.is_ok() => Ok(()),
+            other => Err(format!("the last operation's status is {other:?}")),
+        }
+    }
+}
+
+/// A group of processes: this executable again, for one test.
+pub(crate) struct Processes {
+    ranks: Vec<Child>,
+}
+
+const RANK: &str = "EP_TEST_RANK";
+const KEY: &str = "EP_TEST_KEY";
+const TASK: &str = "EP_TEST_TASK";
+
+/// What a process was started for.
+#[derive(Clone, Debug)]
+pub(crate) struct Task {
+    pub(crate) rank: u32,
+    /// Tells runs apart: the same for all ranks of one.
+    pub(crate) key: u64,
+    pub(crate) words: Vec<String>,
+}
+
+impl Task {
+    /// In a rank's process: what to do.
+    pub(crate) fn of_this_process() -> Option<Self> {
+        let read = |name| std::env::var(name).ok();
+        Some(Self {
+            rank: read(RANK)?.parse().unwrap(),
+            key: read(KEY)?.parse().unwrap(),
+            words: read(TASK)?.split(' ').map(str::to_owned).collect(),
+        })
+    }
+
+    /// Where the ranks meet.
+    pub(crate) fn meet(&self, size: usize) -> Result<Communicator, Error> {
+        let size = u32::try_from(size).unwrap();
+        let name = format!("@ep-test-{}", self.key);
+        Communicator::unix(name, self.rank, size, PATIENCE)
+    }
+}
+
+impl Processes {
+    /// Starts ranks `0..ranks`. `set` adds to a rank's environment.
+    pub(crate) fn start(
+        test: &str,
+        ranks: usize,
+        task: &[&str],
+        set: impl Fn(usize, &mut Command),
+    ) -> Self {
+        static RUNS: AtomicU64 = AtomicU64::new(0);
+        let run = RUNS.fetch_add(1, Ordering::Relaxed);
+        let key = u64::from(std::process::id()) << 20 | run;
+        let ranks = (0..ranks)
+            .map(|rank| {
+                let mut command = Command::new(std::env::current_exe().unwrap());
+                command
+                    .args(["--exact", test, "--nocapture"])
+                    .env(RANK, rank.to_string())
+                    .env(KEY, key.to_string())
+                    .env(TASK, task.join(" "))
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+                set(rank, &mut command);
+                command.spawn().unwrap()
+            })
+            .collect();
+        Self { ranks }
+    }
+
+    /// Waits until all have ended, well. Gives what they printed.
+    pub(crate) fn succeed(mut self) -> Vec<String> {
+        self.ranks
+            .drain(..)
+            .enumerate()
+            .map(|(rank, child)| {
+                let output = child.wait_with_output().unwrap();
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                let (told, warned) = (text(&output.stdout), text(&output.stderr));
+                assert!(
+                    output.status.success() && told.contains("1 passed"),
+                    "rank {rank} failed, {}\n{told}{warned}",
+                    output.status
+                );
+                told
+            })
+            .collect()
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        for child in &mut self.ranks {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The device of a rank that has a driver of its own.
+pub(crate) fn host_device(driver: Arc<dyn Driver>, ordinal: u32) -> Device {
+    Device::host(driver, DeviceOrdinal(ordinal))
+}
