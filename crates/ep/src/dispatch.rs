@@ -179,9 +179,10 @@ impl DispatchOutput {
 #[must_use = "a dispatch that is not received leaves the ranks out of step"]
 pub struct PendingDispatch<'b> {
     unreceived: Unreceived<'b>,
-    call: launch::Dispatch,
-    format: Format,
     lease: Lease,
+    num_tokens: u32,
+    top_k: u32,
+    format: Format,
 }
 
 impl Buffer {
@@ -236,7 +237,13 @@ impl Buffer {
         })?;
         call.flags |= EP_DISPATCH_SEND | EP_DISPATCH_RECV;
         let (lease, epoch) = self.enqueue_dispatch(stream, &mut call, Parts::Both)?;
-        Ok(self.handle(&call, lease, epoch))
+        Ok(Handle {
+            buffer: self.id(),
+            lease,
+            num_tokens: call.num_tokens,
+            top_k: call.top_k,
+            epoch,
+        })
     }
 
     /// Enqueues the send part of a dispatch. The input must not change before the stream has passed
@@ -259,15 +266,10 @@ impl Buffer {
         let (lease, number) = self.enqueue_dispatch(stream, &mut call, Parts::Send)?;
         Ok(PendingDispatch {
             unreceived: self.unreceived(Operation::Dispatch, number),
-            call: launch::Dispatch {
-                flags: options.format.flags() | EP_DISPATCH_RECV,
-                slot: call.slot,
-                num_tokens: call.num_tokens,
-                top_k: call.top_k,
-                ..launch::Dispatch::default()
-            },
-            format: options.format,
             lease,
+            num_tokens: call.num_tokens,
+            top_k: call.top_k,
+            format: options.format,
         })
     }
 
@@ -287,16 +289,6 @@ impl Buffer {
             Ok(lease)
         })
     }
-
-    fn handle(&self, call: &launch::Dispatch, lease: Lease, epoch: u64) -> Handle {
-        Handle {
-            buffer: self.id(),
-            lease,
-            num_tokens: call.num_tokens,
-            top_k: call.top_k,
-            epoch,
-        }
-    }
 }
 
 impl PendingDispatch<'_> {
@@ -311,8 +303,14 @@ impl PendingDispatch<'_> {
     ) -> Result<Handle, Rejected<Self>> {
         match self.enqueue(stream, &output.into()) {
             Ok(()) => {
-                let (buffer, number) = self.unreceived.received();
-                Ok(buffer.handle(&self.call, self.lease, number))
+                let (buffer, epoch) = self.unreceived.received();
+                Ok(Handle {
+                    buffer: buffer.id(),
+                    lease: self.lease,
+                    num_tokens: self.num_tokens,
+                    top_k: self.top_k,
+                    epoch,
+                })
             }
             Err(error) => Err(Rejected::new(self, error)),
         }
@@ -323,7 +321,14 @@ impl PendingDispatch<'_> {
         let state = buffer.state();
         let call = buffer.check(Operation::Dispatch, || {
             check_stream(stream, state)?;
-            checked_output(state, self.call, output, self.format)
+            let call = launch::Dispatch {
+                flags: self.format.flags() | EP_DISPATCH_RECV,
+                slot: self.lease.index(),
+                num_tokens: self.num_tokens,
+                top_k: self.top_k,
+                ..launch::Dispatch::default()
+            };
+            checked_output(state, call, output, self.format)
         })?;
         let parts = self.unreceived.parts();
         buffer

@@ -313,7 +313,7 @@ pub enum ArgumentError {
 /// Something that an operation did not take, and why. What it was given comes back.
 pub struct Rejected<T> {
     /// What was given.
-    pub operand: Box<T>,
+    pub operand: T,
     /// Why it was not taken.
     pub error: Box<Error>,
 }
@@ -321,7 +321,7 @@ pub struct Rejected<T> {
 impl<T> Rejected<T> {
     pub(crate) fn new(operand: T, error: impl Into<Error>) -> Self {
         Self {
-            operand: Box::new(operand),
+            operand,
             error: Box::new(error.into()),
         }
     }

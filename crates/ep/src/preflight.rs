@@ -226,8 +226,8 @@ impl Report {
         one_way(a, b).or_else(|| one_way(b, a))
     }
 
-    /// What an operator can mend: what leaves the group without memory or some of its ranks without
-    /// a route, and what takes fabric memory from a group that could use it.
+    /// What an operator can mend: whatever leaves the group without memory or some of its ranks
+    /// without a route, and refusals of memory that would have connected ranks.
     pub fn problems(&self) -> Vec<Problem> {
         let refused = match &self.plan {
             Ok(plan) => &plan.refused[..],

@@ -6,14 +6,15 @@ mod common;
 mod rig;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ep::driver::{Call, DeviceOrdinal, Driver, Status};
 use ep::{
     ArgumentError, BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device,
-    DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Scales, Stream, Tensor,
+    DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Rejected, Scales, Tensor,
 };
-use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
+use ep_sim::{Cluster, Entry, FaultPlan, IpcNamespace, Outcome, SimDriver};
 use proptest::prelude::*;
 
 use common::{Case, Odd, Precision, Routing, Weights};
@@ -186,4 +187,738 @@ fn every_kind_of_memory_over_processes() {
             Processes::start(TEST, ranks, &task, |_, _| {}).succeed();
         }
     }
+}
+
+/// Two ranks of one simulated process, each with a buffer for the usual case.
+fn pair<T: Send>(body: impl Fn(Rank<'_>) -> T + Sync) -> Vec<T> {
+    let (case, driver) = (case(2), host(2));
+    let outcomes = threads(2, |comm| {
+        body(Rank::new(&device(&driver, &comm), &comm, &case).unwrap())
+    });
+    assert!(driver.live().is_empty(), "left behind: {:?}", driver.live());
+    outcomes
+}
+
+#[test]
+fn arguments_are_refused_by_name_and_the_buffer_stays_usable() {
+    pair(|rank| {
+        let device = rank.buffer.device().clone();
+        let other = Device::host(device.driver().clone(), DeviceOrdinal(7));
+        let tensor = |dtype, dims: [usize; 2]| Tensor::new(&device, dtype, dims).unwrap();
+        let (good_x, good_idx) = (tensor(DType::Bf16, [7, 256]), tensor(DType::I64, [7, 4]));
+        let refused = |x: &Tensor, topk_idx: &Tensor, weights: Option<&Tensor>, options| {
+            let mut output = rank.buffer.new_output(&options).unwrap();
+            let input = DispatchInput {
+                x: x.view(),
+                topk_idx: topk_idx.view(),
+                topk_weights: weights.map(Tensor::view),
+            };
+            let refused = rank
+                .buffer
+                .dispatch(&rank.stream, &input, &options, &mut output);
+            named(refused.unwrap_err())
+        };
+        let bf16 = DispatchOptions::bf16();
+        let cases = [
+            (tensor(DType::F32, [7, 256]), None, None, "x: DType"),
+            (tensor(DType::Bf16, [7, 128]), None, None, "x: Dims"),
+            (tensor(DType::Bf16, [10, 256]), None, None, "tokens: Range"),
+            (
+                Tensor::new(&device, DType::Bf16, [7, 2, 128]).unwrap(),
+                None,
+                None,
+                "x: Rank",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                Some(tensor(DType::I32, [7, 4])),
+                None,
+                "topk_idx: DType",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                Some(tensor(DType::I64, [6, 4])),
+                None,
+                "topk_idx: Dims",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                Some(tensor(DType::I64, [7, 5])),
+                None,
+                "top_k: Range",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                Some(tensor(DType::I64, [7, 0])),
+                None,
+                "top_k: Range",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                None,
+                Some(tensor(DType::F32, [7, 3])),
+                "topk_weights: Dims",
+            ),
+            (
+                tensor(DType::Bf16, [7, 256]),
+                None,
+                Some(tensor(DType::Bf16, [7, 4])),
+                "topk_weights: DType",
+            ),
+        ];
+        for (x, topk_idx, weights, expected) in &cases {
+            let topk_idx = topk_idx.as_ref().unwrap_or(&good_idx);
+            assert_eq!(refused(x, topk_idx, weights.as_ref(), bf16), *expected);
+        }
+
+        // Outputs of another format, or of another buffer's shape.
+        let input = DispatchInput {
+            x: good_x.view(),
+            topk_idx: good_idx.view(),
+            topk_weights: None,
+        };
+        let formats = [
+            (Scales::F32, Scales::Ue8m0, "recv_scales: DType"),
+            (Scales::Ue8m0, Scales::Pow2, "recv_scales: DType"),
+        ];
+        for (made, used, expected) in formats {
+            let mut output = rank.buffer.new_output(&DispatchOptions::fp8(made)).unwrap();
+            let options = DispatchOptions::fp8(used);
+            let refused = rank
+                .buffer
+                .dispatch(&rank.stream, &input, &options, &mut output);
+            assert_eq!(named(refused.unwrap_err()), expected);
+            let refused = rank
+                .buffer
+                .dispatch(&rank.stream, &input, &bf16, &mut output);
+            assert_eq!(named(refused.unwrap_err()), "recv_scales: Presence");
+            output.recv_scales = None;
+            let refused = rank
+                .buffer
+                .dispatch(&rank.stream, &input, &bf16, &mut output);
+            assert_eq!(named(refused.unwrap_err()), "recv_x: DType");
+        }
+        for field in ["recv_x", "recv_count", "src_info", "layout_range"] {
+            let mut output = rank.buffer.new_output(&bf16).unwrap();
+            let wrong = match field {
+                "recv_x" => &mut output.recv_x,
+                "recv_count" => &mut output.recv_count,
+                "src_info" => &mut output.src_info,
+                _ => &mut output.layout_range,
+            };
+            *wrong = Tensor::new(&device, wrong.dtype(), [1]).unwrap();
+            let refused = rank
+                .buffer
+                .dispatch(&rank.stream, &input, &bf16, &mut output);
+            assert_eq!(named(refused.unwrap_err()), format!("{field}: Dims"));
+        }
+
+        // Of another device, as far as this process can have it.
+        let elsewhere = Tensor::new(&other, DType::Bf16, [0, 256]).unwrap();
+        let none = DispatchInput {
+            x: elsewhere.view(),
+            topk_idx: good_idx.view().first(0),
+            topk_weights: None,
+        };
+        let mut output = rank.buffer.new_output(&bf16).unwrap();
+        let refused = rank
+            .buffer
+            .dispatch(&rank.stream, &none, &bf16, &mut output);
+        assert_eq!(named(refused.unwrap_err()), "x: Device");
+
+        // Combine gives the handle back with the error.
+        let inputs = case(2).inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let mut handle = rank.dispatch(&mut tensors).unwrap();
+        let tokens = handle.num_tokens() as usize;
+        let y = |dtype, dims: [usize; 3]| Tensor::new(&device, dtype, dims).unwrap();
+        let good_y = || y(DType::Bf16, [3, 18, 256]);
+        let combines = [
+            (y(DType::F32, [3, 18, 256]), None, [tokens, 256], "y: DType"),
+            (y(DType::Bf16, [3, 17, 256]), None, [tokens, 256], "y: Dims"),
+            (good_y(), None, [tokens + 1, 256], "out: Dims"),
+            (
+                good_y(),
+                Some(tensor(DType::F32, [tokens + 1, 4])),
+                [tokens, 256],
+                "topk_weights: Dims",
+            ),
+        ];
+        for (y, weights, out, expected) in &combines {
+            let mut input = CombineInput::new(y);
+            if let Some(weights) = weights {
+                input = input.with_weights(weights);
+            }
+            let mut out = tensor(DType::Bf16, *out);
+            let rejected = rank
+                .buffer
+                .combine(&rank.stream, handle, &input, &mut out)
+                .unwrap_err();
+            assert_eq!(named(*rejected.error), *expected);
+            handle = rejected.operand;
+        }
+        rank.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+        rank.combine(handle, &mut tensors).unwrap();
+        rank.check_combine(&oracle, &tensors).unwrap();
+        rank.run(2, Order::Nested).unwrap();
+        rank.buffer.close().unwrap();
+    });
+}
+
+/// The argument and what is wrong with it.
+fn named(error: Error) -> String {
+    let text = explain(&error);
+    let Error::Argument { source, rank, .. } = error else {
+        panic!("{text}");
+    };
+    assert!(rank.is_some(), "{text}");
+    let (field, what) = match source {
+        ArgumentError::Dims { field, .. } => (field, "Dims"),
+        ArgumentError::Rank { field, .. } => (field, "Rank"),
+        ArgumentError::DType { field, .. } => (field, "DType"),
+        ArgumentError::Device { field, .. } => (field, "Device"),
+        ArgumentError::Range { field, .. } => (field, "Range"),
+        ArgumentError::Presence { field, .. } => (field, "Presence"),
+        other => panic!("{other}"),
+    };
+    assert!(text.contains(field), "{text}");
+    format!("{field}: {what}")
+}
+
+#[test]
+fn tensors_take_what_fits_them() {
+    let device = Device::host(host(1), DeviceOrdinal(0));
+    let mut tensor = Tensor::new(&device, DType::Bf16, [2, 3]).unwrap();
+    assert!(matches!(
+        tensor.copy_from_host(&[1_u16; 5]).unwrap_err(),
+        Error::HostLength { got: 5, .. }
+    ));
+    assert!(matches!(
+        tensor.copy_from_host(&[1.0_f32; 6]).unwrap_err(),
+        Error::HostType {
+            dtype: DType::Bf16,
+            ..
+        }
+    ));
+    assert!(matches!(
+        Tensor::new(&device, DType::I64, [usize::MAX, 2]).unwrap_err(),
+        Error::TensorTooLarge { .. }
+    ));
+    tensor.copy_from_host(&[1_u16, 2, 3, 4, 5, 6]).unwrap();
+    assert_eq!(tensor.copy_to_host::<u16>().unwrap(), [1, 2, 3, 4, 5, 6]);
+
+    let view = tensor.view();
+    assert_eq!(view.first(1).dims().as_slice(), [1, 3]);
+    assert_eq!(view.first(9).dims().as_slice(), [2, 3]);
+    let second = view.nth(1).unwrap();
+    assert_eq!(second.dims().as_slice(), [3]);
+    assert_eq!(second.ptr(), tensor.ptr().offset(6));
+    assert!(view.nth(2).is_none());
+    let empty = Tensor::new(&device, DType::F32, [0, 8]).unwrap();
+    assert_eq!(empty.copy_to_host::<f32>().unwrap(), []);
+}
+
+#[test]
+fn ranks_configured_differently_are_named_on_every_rank() {
+    let usual = config(&case(3));
+    let changes: [(&str, fn(&mut Config)); 6] = [
+        ("num_experts", |c| c.num_experts = 12),
+        ("hidden", |c| c.hidden = 384),
+        ("max_tokens", |c| c.max_tokens = 8),
+        ("max_top_k", |c| c.max_top_k = 5),
+        ("slots", |c| c.slots = 3),
+        ("sends_in_flight", |c| c.sends_in_flight = 1),
+    ];
+    let driver = host(3);
+    for (expected, change) in changes {
+        let errors = threads(3, |comm| {
+            let mut config = usual;
+            if comm.rank() == 2 {
+                change(&mut config);
+            }
+            let builder = Buffer::builder(&device(&driver, &comm), &comm, config);
+            builder.deadline(PATIENCE).build().unwrap_err()
+        });
+        for error in errors {
+            assert!(
+                matches!(error, Error::Mismatch { field, rank: 2, reference: 0, .. } if field == expected),
+                "{error}"
+            );
+        }
+    }
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn no_buffer_has_a_shape_outside_the_limits() {
+    let usual = config(&case(2));
+    let changes: [(&str, fn(&mut Config)); 5] = [
+        ("hidden", |c| c.hidden = 200),
+        ("max_top_k", |c| c.max_top_k = 33),
+        ("num_experts", |c| c.num_experts = 7),
+        ("max_tokens", |c| c.max_tokens = 0),
+        ("slots", |c| c.slots = 65),
+    ];
+    let driver = host(2);
+    for (expected, change) in changes {
+        let errors = threads(2, |comm| {
+            let mut config = usual;
+            change(&mut config);
+            let builder = Buffer::builder(&device(&driver, &comm), &comm, config);
+            explain(builder.deadline(PATIENCE).build().unwrap_err())
+        });
+        for error in errors {
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+    }
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn opposite_choices_are_named_on_every_rank() {
+    let (case, driver) = (case(2), host(2));
+    let errors = threads(2, |comm| {
+        let choice = [BackendKind::Malloc, BackendKind::PosixFd][comm.rank() as usize];
+        let device = device(&driver, &comm);
+        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(Choice::Force(choice)));
+        explain(rank.err().unwrap())
+    });
+    for error in errors {
+        assert!(error.contains("rank 0 forces malloc"), "{error}");
+        assert!(error.contains("rank 1 forces posix_fd"), "{error}");
+    }
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn a_forced_backend_that_is_refused_says_why_on_every_rank() {
+    let (case, driver) = (case(2), host(2));
+    let errors = threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let force = Choice::Force(BackendKind::Fabric);
+        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(force));
+        explain(rank.err().unwrap())
+    });
+    for error in errors {
+        assert!(error.contains("cuMemCreate returned 800"), "{error}");
+        assert!(error.contains("IMEX"), "{error}");
+    }
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn hosts_that_nothing_connects_are_named() {
+    let cluster = Cluster::hgx_h200_nodes(2, 1, 0).with_run_key(std::process::id().into());
+    let case = case(2);
+    let errors = threads(2, |comm| {
+        let driver = SimDriver::for_rank(&cluster, comm.rank() as usize).unwrap();
+        let device = Device::host(driver.clone(), DeviceOrdinal(0));
+        let error = Rank::new(&device, &comm, &case).err().unwrap();
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+        error
+    });
+    for error in errors {
+        let text = explain(&error);
+        assert!(
+            matches!(error, Error::Unreachable { pair, .. } if (pair.from, pair.to) == (0, 1)),
+            "{text}"
+        );
+        assert!(text.contains("another host"), "{text}");
+        assert!(text.contains("2 nodes and no NVLink clique"), "{text}");
+    }
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named_within_the_deadline() {
+    let (case, driver) = (case(3), host(3));
+    let started = Instant::now();
+    let outcomes = threads(3, |comm| {
+        if comm.rank() == 1 {
+            // Keeps its membership, so that only the deadline can tell.
+            std::thread::sleep(Duration::from_secs(2));
+            return String::new();
+        }
+        let device = device(&driver, &comm);
+        let soon = Duration::from_millis(300);
+        let rank = Rank::with(&device, &comm, &case, |b| b.deadline(soon));
+        explain(rank.err().unwrap())
+    });
+    for rank in [0, 2] {
+        let error = &outcomes[rank];
+        assert!(error.contains("rank 1 did not arrive"), "{error}");
+    }
+    assert!(started.elapsed() < PATIENCE);
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn a_handle_is_of_its_buffer() {
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let one = Rank::new(&device, &comm, &case).unwrap();
+        let other = Rank::new(&device, &comm, &case).unwrap();
+        let inputs = case.inputs(0);
+        let oracle = one.oracle(0, &inputs);
+        let mut tensors = one.tensors(&oracle).unwrap();
+        let handle = one.dispatch(&mut tensors).unwrap();
+        assert!(matches!(
+            other.buffer.status_of(&handle),
+            Err(Error::ForeignHandle { .. })
+        ));
+        one.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+        let y = Tensor::new(&device, DType::Bf16, [3, 18, 256]).unwrap();
+        let input = CombineInput::new(&y);
+        let rejected = other
+            .buffer
+            .combine(&other.stream, handle, &input, &mut tensors.out)
+            .unwrap_err();
+        assert!(matches!(*rejected.error, Error::ForeignHandle { .. }));
+        one.combine(rejected.operand, &mut tensors).unwrap();
+        one.check_combine(&oracle, &tensors).unwrap();
+
+        // Both stay usable, and their operations may alternate.
+        for n in 1..4 {
+            let rank = if n % 2 == 0 { &one } else { &other };
+            rank.run(n, Order::Fused).unwrap();
+        }
+        other.buffer.close().unwrap();
+        one.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn as_many_results_are_alive_as_there_are_slots() {
+    pair(|rank| {
+        let inputs = case(2).inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let first = rank.dispatch(&mut tensors).unwrap();
+        let second = rank.dispatch(&mut tensors).unwrap();
+        assert!(matches!(
+            rank.dispatch(&mut tensors),
+            Err(Error::NoFreeSlot { slots: 2, .. })
+        ));
+        // One is given up without a combine, and its slot is used again.
+        drop(first);
+        rank.poison(&mut tensors).unwrap();
+        let third = rank.dispatch(&mut tensors).unwrap();
+        assert_eq!([second.epoch(), third.epoch()], [2, 3]);
+        rank.check_dispatch(&oracle, &third, &mut tensors).unwrap();
+        rank.combine(third, &mut tensors).unwrap();
+        rank.check_combine(&oracle, &tensors).unwrap();
+        // A handle may outlive its buffer.
+        rank.buffer.close().unwrap();
+        drop(second);
+    });
+}
+
+#[test]
+fn parts_are_received_in_the_order_of_sending() {
+    pair(|rank| {
+        let inputs = case(2).inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let first = rank.dispatch_send(&tensors).unwrap();
+        assert!(matches!(
+            rank.dispatch(&mut tensors),
+            Err(Error::Pending { pending: 1, .. })
+        ));
+        let second = rank.dispatch_send(&tensors).unwrap();
+        assert!(matches!(
+            rank.dispatch_send(&tensors),
+            Err(Error::Pending { pending: 2, .. })
+        ));
+        let Rejected { operand, error } = second
+            .receive(&rank.stream, &mut tensors.received)
+            .unwrap_err();
+        assert!(matches!(
+            *error,
+            Error::OutOfOrder {
+                number: 2,
+                expected: 1,
+                ..
+            }
+        ));
+        let first = first.receive(&rank.stream, &mut tensors.received).unwrap();
+        rank.check_dispatch(&oracle, &first, &mut tensors).unwrap();
+        rank.poison(&mut tensors).unwrap();
+        let second = operand
+            .receive(&rank.stream, &mut tensors.received)
+            .unwrap();
+        rank.check_dispatch(&oracle, &second, &mut tensors).unwrap();
+
+        let first = rank.combine_send(first, &tensors).unwrap();
+        let second = rank.combine_send(second, &tensors).unwrap();
+        let Rejected { operand, error } =
+            second.receive(&rank.stream, &mut tensors.out).unwrap_err();
+        assert!(matches!(*error, Error::OutOfOrder { .. }));
+        first.receive(&rank.stream, &mut tensors.out).unwrap();
+        rank.check_combine(&oracle, &tensors).unwrap();
+        rank.poison(&mut tensors).unwrap();
+        operand.receive(&rank.stream, &mut tensors.out).unwrap();
+        rank.check_combine(&oracle, &tensors).unwrap();
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn an_operation_that_is_never_received_ends_the_buffer() {
+    pair(|rank| {
+        let inputs = case(2).inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        drop(rank.dispatch_send(&tensors).unwrap());
+        assert!(matches!(
+            rank.dispatch(&mut tensors),
+            Err(Error::Abandoned {
+                operation: Operation::Dispatch,
+                ..
+            })
+        ));
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn expert_ids_that_do_not_exist_are_reported_and_skipped() {
+    let mut case = case(4);
+    case.odd = Odd {
+        missing: true,
+        out_of_range: true,
+        repeated: true,
+    };
+    for precision in [
+        Precision::Bf16,
+        Precision::Fp8,
+        Precision::Fp8Pow2,
+        Precision::Fp8Ue8m0,
+    ] {
+        case.precision = precision;
+        // Comparing the reports with the oracle's is part of every operation.
+        run_threads(&case, 3, Order::Fused).unwrap();
+    }
+}
+
+#[test]
+fn a_rank_that_is_late_is_reported_and_the_group_goes_on() {
+    let (case, driver) = (case(3), host(3));
+    threads(3, |comm| {
+        let device = device(&driver, &comm);
+        let short = Duration::from_millis(200);
+        let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
+        let late = comm.rank() == 2;
+        comm.barrier(PATIENCE).unwrap();
+        if late {
+            // The others have given it up in their first dispatch and combine by then.
+            comm.barrier(PATIENCE).unwrap();
+            rank.buffer.close().unwrap();
+            return;
+        }
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let handle = rank.dispatch(&mut tensors).unwrap();
+        rank.stream.synchronize().unwrap();
+        let status = rank.buffer.status().unwrap().unwrap();
+        assert_eq!((status.operation, status.epoch), (Operation::Dispatch, 1));
+        assert_eq!(status, rank.buffer.status_of(&handle).unwrap());
+        let [fault] = status.faults[..] else {
+            panic!("{status:?}");
+        };
+        assert_eq!((fault.rank, fault.phase), (2, Phase::Counts));
+        let FaultKind::Timeout { waited } = fault.kind else {
+            panic!("{fault}");
+        };
+        assert!((short..PATIENCE).contains(&waited), "{waited:?}");
+        assert!(fault.to_string().contains("rank 2"), "{fault}");
+
+        // What came from those that were there is there.
+        let without = common::Oracle::new(&case, 0, &inputs, common::Links::all(3).without(2));
+        rank.compare_dispatch(&without, &tensors).unwrap();
+        rank.experts(&without, &mut tensors).unwrap();
+        rank.combine(handle, &mut tensors).unwrap();
+        rank.stream.synchronize().unwrap();
+        let status = rank.buffer.status().unwrap().unwrap();
+        assert_eq!((status.operation, status.epoch), (Operation::Combine, 1));
+        comm.barrier(PATIENCE).unwrap();
+        rank.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn a_barrier_that_nobody_else_reaches_ends() {
+    pair(|rank| {
+        // Both ranks pass; what they report is nothing.
+        rank.buffer
+            .barrier(&rank.stream, Duration::from_micros(50))
+            .unwrap();
+        let status = rank.buffer.status().unwrap().unwrap();
+        assert_eq!(status.operation, Operation::Barrier);
+        assert!(status.is_ok(), "{status:?}");
+        rank.buffer.close().unwrap();
+    });
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let short = Duration::from_millis(100);
+        let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
+        if comm.rank() == 0 {
+            rank.buffer.barrier(&rank.stream, Duration::ZERO).unwrap();
+            let faults = rank.buffer.faults().unwrap();
+            assert_eq!(faults.len(), 1, "{faults:?}");
+            assert_eq!((faults[0].rank, faults[0].phase), (1, Phase::Barrier));
+        }
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn several_buffers_of_one_group_are_apart() {
+    let driver = host(2);
+    let mut cases = [case(2), case(2), case(2)];
+    cases[1].precision = Precision::Fp8;
+    cases[1].hidden = 384;
+    cases[2].weights = Weights::AtCombine;
+    cases[2].seed = 8;
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let ranks = cases
+            .each_ref()
+            .map(|case| Rank::new(&device, &comm, case).unwrap());
+        for order in [Order::Fused, Order::Split, Order::Nested, Order::Overlapped] {
+            for rank in &ranks {
+                rank.run(2, order).unwrap();
+            }
+        }
+        // Not in the order of making.
+        let [first, second, third] = ranks;
+        second.buffer.close().unwrap();
+        first.run(1, Order::Fused).unwrap();
+        third.buffer.close().unwrap();
+        first.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn buffers_come_and_go_without_a_trace() {
+    let driver = host(2);
+    let case = case(2);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        for round in 0..20 {
+            let kind = BackendKind::ALL[1 + round % 2];
+            let choice = Choice::Force(kind);
+            let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice)).unwrap();
+            rank.run(1, Order::Fused).unwrap();
+            if round % 3 == 0 {
+                drop(rank.buffer);
+            } else {
+                rank.buffer.close().unwrap();
+            }
+            drop(rank.stream);
+            comm.barrier(PATIENCE).unwrap();
+            assert!(driver.live().is_empty(), "{:?}", driver.live());
+            comm.barrier(PATIENCE).unwrap();
+        }
+    });
+    // Other tests of this process have descriptors of their own, but not hundreds.
+    assert!(descriptors() < 200, "{}", descriptors());
+}
+
+/// Enough to wait for a rank that will not come.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// How a life of a buffer with a fault went on rank 1.
+struct Life {
+    outcomes: Vec<Result<(), String>>,
+    /// How many calls were made for rank 1's device.
+    calls: usize,
+    /// How many of them when it was about to close.
+    before_close: usize,
+    /// The call that failed.
+    injected: Option<Call>,
+}
+
+/// Two ranks make a buffer, use it and close it; calls of rank 1 fail.
+fn life(cluster: &Cluster, choice: Choice, plan: FaultPlan, timeout: Duration) -> Life {
+    let case = case(2);
+    let driver = SimDriver::new(cluster, 0, &[0, 1]);
+    driver.inject(plan.on(DeviceOrdinal(1)));
+    let calls = || {
+        let mut calls = driver.journal();
+        calls.retain(|entry| entry.device == DeviceOrdinal(1));
+        calls
+    };
+    let before_close = AtomicUsize::new(usize::MAX);
+    let outcomes = threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice).timeout(timeout));
+        let rank = rank.map_err(explain)?;
+        let ran = rank.run(1, Order::Fused);
+        if comm.rank() == 1 {
+            before_close.store(calls().len(), Ordering::Relaxed);
+        }
+        rank.buffer.close().map_err(explain).and(ran)
+    });
+    let held = driver.live();
+    assert!(held.is_explained(), "{held:?}, {outcomes:?}");
+    let calls = calls();
+    let injected = |entry: &&Entry| matches!(entry.outcome, Outcome::Injected(_));
+    Life {
+        outcomes,
+        calls: calls.len(),
+        before_close: before_close.into_inner(),
+        injected: calls.iter().find(injected).map(|entry| entry.call),
+    }
+}
+
+/// Fails every driver call of one rank in turn, from making the buffer to closing it.
+#[test]
+fn a_refused_call_is_an_error_and_leaves_nothing() {
+    let mut cases = 0;
+    for kind in BackendKind::ALL {
+        let cluster = match kind {
+            BackendKind::Fabric => Cluster::gb200_nvl72(1),
+            _ => Cluster::hgx_h200(2),
+        };
+        let probed = {
+            let driver = SimDriver::new(&cluster, 0, &[0, 1]);
+            let any: Arc<dyn Driver> = driver.clone();
+            ep::alloc::probe(&any, DeviceOrdinal(1), &Default::default());
+            driver.calls()
+        };
+        let life = |plan, timeout| life(&cluster, Choice::Force(kind), plan, timeout);
+        let clean = life(FaultPlan::none(), PATIENCE);
+        all_well(clean.outcomes).unwrap();
+        for n in 0..clean.calls {
+            let faulty = life(FaultPlan::fail_nth(n, Status::UNKNOWN), SHORT);
+            cases += 1;
+            let call = faulty.injected.unwrap();
+            let at = format!("{kind}, call {n}, {call}: {:?}", faulty.outcomes);
+            let mut errors = faulty
+                .outcomes
+                .iter()
+                .filter_map(|rank| rank.as_ref().err());
+            if faulty.before_close == usize::MAX {
+                // A rank that fails while the buffer is made tells the other.
+                assert!(faulty.outcomes.iter().all(Result::is_err), "{at}");
+            }
+            if errors.any(|error| error.contains(call.name()) && error.contains("999")) {
+                continue;
+            }
+            // What the probe finds out about other kinds of memory decides nothing here, and a
+            // tensor or a stream that is dropped can only log what it could not release.
+            let by_drop = n < faulty.before_close || n + 1 == clean.calls;
+            let releases = [Call::MemFree, Call::StreamDestroy];
+            assert!(n < probed || by_drop && releases.contains(&call), "{at}");
+            all_well(faulty.outcomes).unwrap();
+        }
+    }
+    println!("{cases} cases");
 }

@@ -311,7 +311,7 @@ impl<'c> Rank<'c> {
             .dispatch(&self.stream, &input, &options, &mut tensors.received)
     }
 
-    fn dispatch_send(&self, tensors: &Tensors) -> Result<PendingDispatch<'_>, Error> {
+    pub(crate) fn dispatch_send(&self, tensors: &Tensors) -> Result<PendingDispatch<'_>, Error> {
         let options = options(self.case.precision);
         self.buffer
             .dispatch_send(&self.stream, &self.input(tensors), &options)
@@ -328,7 +328,11 @@ impl<'c> Rank<'c> {
             .combine(&self.stream, handle, &input, &mut tensors.out)?)
     }
 
-    fn combine_send(&self, handle: Handle, tensors: &Tensors) -> Result<PendingCombine<'_>, Error> {
+    pub(crate) fn combine_send(
+        &self,
+        handle: Handle,
+        tensors: &Tensors,
+    ) -> Result<PendingCombine<'_>, Error> {
         Ok(self
             .buffer
             .combine_send(&self.stream, handle, &self.output(tensors))?)

@@ -1,0 +1,174 @@
+//! Preflight among ranks that differ, fail and do not come.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use ep::alloc::{BackendKind, Route};
+use ep::driver::{Call, DeviceOrdinal, Status};
+use ep::{Choice, Communicator, Error, Preflight, Report};
+use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The drivers of a cluster's ranks, each a process of its own.
+fn drivers(cluster: &Cluster) -> Vec<Arc<SimDriver>> {
+    (0..cluster.ranks())
+        .map(|rank| SimDriver::for_rank(cluster, rank).unwrap())
+        .collect()
+}
+
+/// What every rank reports; rank `r` wants `choices[r]`.
+fn run(drivers: &[Arc<SimDriver>], choices: &[Choice]) -> Vec<Result<Report, Error>> {
+    let communicators = Communicator::threads(drivers.len() as u32);
+    thread::scope(|scope| {
+        let ranks: Vec<_> = communicators
+            .into_iter()
+            .zip(drivers)
+            .zip(choices)
+            .map(|((communicator, driver), choice)| {
+                scope.spawn(move || {
+                    Preflight::new(driver.clone(), DeviceOrdinal(0), &communicator)
+                        .alloc(*choice)
+                        .deadline(DEADLINE)
+                        .run()
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// What a report says of the group, without what differs from run to run.
+fn findings(report: &Report) -> String {
+    let trials: Vec<_> = report.facts.iter().map(|f| (f.trials, &f.fabric)).collect();
+    let gpus: Vec<_> = report.facts.iter().map(|f| &f.pci_bus_id).collect();
+    let routes = report.facts.iter().map(|f| report.route(0, f.rank));
+    let routes: Vec<Route> = routes.collect();
+    let plan = &report.plan;
+    format!(
+        "{trials:?} {gpus:?} {routes:?} {plan:?} {:?}",
+        report.problems()
+    )
+}
+
+#[test]
+fn every_rank_has_the_same_report_and_keeps_nothing() {
+    let drivers = drivers(&Cluster::gb200_nvl72(2));
+    let reports = run(&drivers, &[Choice::Auto; 8]);
+    let reports: Vec<_> = reports.into_iter().map(Result::unwrap).collect();
+    for report in &reports {
+        assert_eq!(findings(report), findings(&reports[0]));
+        assert_eq!(report.backend, BackendKind::Fabric);
+        assert!(report.is_usable());
+        assert_eq!(report.problems(), []);
+    }
+    for driver in drivers {
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+    }
+}
+
+#[test]
+fn ranks_that_force_different_memory_are_named() {
+    let drivers = drivers(&Cluster::hgx_h200(3));
+    let choices = [
+        Choice::Auto,
+        Choice::Force(BackendKind::Malloc),
+        Choice::Force(BackendKind::PosixFd),
+    ];
+    for report in run(&drivers, &choices) {
+        let report = report.unwrap();
+        assert!(!report.is_usable());
+        let problems = report.problems();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].ranks, [1, 2]);
+        assert!(problems[0].check.contains("EP_ALLOC"), "{problems:?}");
+    }
+}
+
+#[test]
+fn private_ipc_namespaces_are_found_by_importing() {
+    let cluster = Cluster::hgx_h200(2);
+    let private = cluster.map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+    let auto = run(&drivers(&private), &[Choice::Auto; 2])
+        .remove(0)
+        .unwrap();
+    assert_eq!(auto.backend, BackendKind::PosixFd);
+    assert_eq!(auto.route(0, 1), Route::Nvlink);
+    assert!(auto.is_usable());
+
+    let malloc = [Choice::Force(BackendKind::Malloc); 2];
+    let forced = run(&drivers(&private), &malloc).remove(0).unwrap();
+    assert_eq!(forced.backend, BackendKind::Malloc);
+    assert_eq!(forced.route(0, 1), Route::None);
+    let gap = forced.unreachable(0, 1).unwrap();
+    assert_eq!((gap.from, gap.to), (0, 1));
+    let problems = forced.problems();
+    assert_eq!(problems[0].ranks, [0, 1]);
+    assert!(problems[0].check.contains("namespaces"), "{problems:?}");
+}
+
+#[test]
+fn a_rank_without_memory_is_named_by_all() {
+    let drivers = drivers(&Cluster::hgx_h200(2));
+    // The probe takes one plain allocation; the next is for the group.
+    drivers[1].inject(FaultPlan::fail_nth_of(
+        Call::MemAlloc,
+        1,
+        Status::OUT_OF_MEMORY,
+    ));
+    for report in run(&drivers, &[Choice::Auto; 2]) {
+        let report = report.unwrap();
+        assert!(!report.is_usable());
+        let problems = report.problems();
+        assert_eq!(problems[0].ranks, [1], "{problems:?}");
+        assert!(problems[0].what.contains("cuMemAlloc"), "{problems:?}");
+    }
+}
+
+/// Every call of a rank fails once, on every backend.
+#[test]
+fn every_failing_call_shows_and_nothing_is_left() {
+    let rack = Cluster::gb200_nvl72(2).map_nodes(|node| node.gpus.truncate(1));
+    let mut cases = 0;
+    for (cluster, choice) in [
+        (rack, Choice::Auto),
+        (Cluster::hgx_h200(2), Choice::Auto),
+        (Cluster::hgx_h200(2), Choice::Force(BackendKind::PosixFd)),
+    ] {
+        let clean = drivers(&cluster);
+        let expected = run(&clean, &[choice; 2]).remove(0).unwrap();
+        assert!(expected.is_usable());
+        for call in 0..clean[1].calls() {
+            let drivers = drivers(&cluster);
+            drivers[1].inject(FaultPlan::fail_nth(call, Status::UNKNOWN));
+            let reports = run(&drivers, &[choice; 2]);
+            let shows = reports.iter().any(|report| match report {
+                Ok(report) => findings(report) != findings(&expected),
+                Err(_) => true,
+            });
+            let failed = &drivers[1].journal()[call];
+            assert!(shows, "{choice}, call {call}: {failed:?}");
+            for driver in drivers {
+                let live = driver.live();
+                assert!(live.is_explained(), "{choice}, call {call}: {live:?}");
+            }
+            cases += 1;
+        }
+    }
+    println!("{cases} calls failed");
+    assert!(cases > 100);
+}
+
+#[test]
+fn a_rank_that_goes_ends_the_others_at_once() {
+    let cluster = Cluster::hgx_h200(2);
+    let mut communicators = Communicator::threads(2);
+    drop(communicators.pop());
+    let driver = SimDriver::for_rank(&cluster, 0).unwrap();
+    let error = Preflight::new(driver, DeviceOrdinal(0), &communicators[0])
+        .alloc(Choice::Auto)
+        .run()
+        .unwrap_err();
+    assert!(matches!(error, Error::Group { rank: 0, .. }), "{error}");
+}
