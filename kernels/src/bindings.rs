@@ -367,6 +367,7 @@ const _: () = {
 #[cfg(feature = "cuda")]
 unsafe extern "C" {
     pub fn ep_kernels_abi_version() -> u32;
+    pub fn ep_kernels_load(device: i32, cuda_error: *mut i32) -> i32;
     pub fn ep_dispatch_launch(
         args: *const ep_dispatch_args,
         stream: *mut ::core::ffi::c_void,
