@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 use xshell::cmd;
@@ -12,6 +13,11 @@ use crate::toolkit;
 
 /// What some ways of carrying a folder to a GPU host accept.
 const MAX_BYTES: u64 = 60 << 20;
+
+/// Tests of the checkout or of the build machine, which a GPU host has not: they start `ep` where
+/// cargo put it (the script does that itself), or compile the header.
+const PACKAGES_LEFT: [&str; 2] = ["xtask", "ep-cli"];
+const TESTS_LEFT: [&str; 1] = ["ep-kernels.abi"];
 
 const RUN_TESTS: &str = include_str!("run-tests.sh");
 
@@ -23,30 +29,28 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
     let archs = options.value("--arch")?;
     options.finish()?;
 
+    toolkit::parse_archs(archs.unwrap_or(toolkit::DEFAULT_ARCHS))?;
     println!("{}", repo.toolkit()?);
     let _archs = archs.map(|list| repo.sh.push_env("EP_CUDA_ARCHS", list));
-    toolkit::parse_archs(archs.unwrap_or(toolkit::DEFAULT_ARCHS))?;
 
     let program = built(repo, &["build", "--package", "ep-cli", "--bin", "ep"])?;
-    let tests = built(
-        repo,
-        &["test", "--no-run", "--workspace", "--exclude", "xtask"],
-    )?;
+    let left = PACKAGES_LEFT
+        .iter()
+        .flat_map(|package| ["--exclude", package]);
+    let test: Vec<_> = ["test", "--no-run", "--workspace"]
+        .into_iter()
+        .chain(left)
+        .collect();
+    let tests = built(repo, &test)?;
 
     repo.sh.remove_path(&out)?;
     let mut bytes = 0;
     for executable in program {
-        bytes += install(repo, &executable.path, &out.join("bin").join("ep"))?;
+        bytes += install(repo, &executable.path, &out.join("bin/ep"))?;
     }
-    for executable in tests
-        .iter()
-        .filter(|executable| executable.test && executable.has_tests())
-    {
-        bytes += install(
-            repo,
-            &executable.path,
-            &out.join("tests").join(&executable.name),
-        )?;
+    for executable in tests.iter().filter(|executable| executable.travels()) {
+        let to = out.join("tests").join(&executable.name);
+        bytes += install(repo, &executable.path, &to)?;
     }
     let script = out.join("run-tests.sh");
     fs::write(&script, RUN_TESTS)?;
@@ -68,9 +72,13 @@ struct Executable {
 }
 
 impl Executable {
-    /// Whether it is a test binary with something in it. One that does not say is carried.
-    fn has_tests(&self) -> bool {
-        let list = std::process::Command::new(&self.path)
+    /// Whether it is a test binary for the bundle, with something in it. One that does not say what
+    /// it has is carried.
+    fn travels(&self) -> bool {
+        if !self.test || TESTS_LEFT.contains(&self.name.as_str()) {
+            return false;
+        }
+        let list = Command::new(&self.path)
             .args(["--list", "--format", "terse"])
             .output();
         !list.is_ok_and(|output| output.status.success() && output.stdout.is_empty())
@@ -93,7 +101,7 @@ fn built(repo: &Repo, cargo: &[&str]) -> Result<Vec<Executable>> {
         let message: Value = serde_json::from_str(line)?;
         if let Some(path) = message["executable"].as_str() {
             executables.push(Executable {
-                name: format!("{}-{}", package(repo, &message)?, target(&message)?),
+                name: format!("{}.{}", package(repo, &message)?, target(&message)?),
                 path: path.into(),
                 test: message["profile"]["test"] == true,
             });

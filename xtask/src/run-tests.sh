@@ -6,8 +6,6 @@ set -uo pipefail
 cd "$(dirname "$0")"
 
 export EP_GPU="${EP_GPU-require}"
-# Tests that start `ep` find it through the variable that cargo sets for them.
-export CARGO_BIN_EXE_ep="$PWD/bin/ep"
 limit="${EP_TEST_TIMEOUT:-540}" # seconds for one binary
 passed=0
 failed=0
