@@ -419,10 +419,12 @@ fn tensors_take_what_fits_them() {
     assert_eq!(empty.copy_to_host::<f32>().unwrap(), []);
 }
 
+type Change = fn(&mut Config);
+
 #[test]
 fn ranks_configured_differently_are_named_on_every_rank() {
     let usual = config(&case(3));
-    let changes: [(&str, fn(&mut Config)); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("num_experts", |c| c.num_experts = 12),
         ("hidden", |c| c.hidden = 384),
         ("max_tokens", |c| c.max_tokens = 8),
@@ -453,7 +455,7 @@ fn ranks_configured_differently_are_named_on_every_rank() {
 #[test]
 fn no_buffer_has_a_shape_outside_the_limits() {
     let usual = config(&case(2));
-    let changes: [(&str, fn(&mut Config)); 5] = [
+    let changes: [(&str, Change); 5] = [
         ("hidden", |c| c.hidden = 200),
         ("max_top_k", |c| c.max_top_k = 33),
         ("num_experts", |c| c.num_experts = 7),

@@ -19,7 +19,9 @@ use ep::{
     PendingDispatch, Scales, Stream, Tensor,
 };
 
-use crate::common::{self, BadEntry, Case, Input, Links, Odd, Oracle, Precision, Routing, Weights};
+use crate::common::{
+    self, BadEntry, Case, Input, Links, Odd, Oracle, Precision, Rng, Routing, Weights,
+};
 
 /// What outputs hold before an operation.
 pub(crate) const POISON: u8 = 0xa5;
@@ -60,6 +62,45 @@ pub(crate) fn case(ranks: usize) -> Case {
         specials: false,
         seed: 7,
     }
+}
+
+/// The `n`-th case of a group of this size, and how to run it.
+pub(crate) fn drawn(ranks: usize, n: u64) -> (Case, Order) {
+    let mut rng = Rng::new(&[3, ranks as u64, n]);
+    let up_to = |rng: &mut Rng, most: u64| rng.below(most) as usize + 1;
+    let tokens: Vec<_> = (0..ranks)
+        .map(|_| match rng.below(4) {
+            0 => rng.below(2),
+            1 => rng.below(200),
+            _ => rng.below(40),
+        } as usize)
+        .collect();
+    let spare = rng.below(3) as usize;
+    let case = Case {
+        ranks,
+        experts: ranks * up_to(&mut rng, 12),
+        hidden: 128 * up_to(&mut rng, 9),
+        top_k: up_to(&mut rng, 16),
+        max_tokens: (tokens.iter().max().unwrap() + spare).max(1),
+        tokens,
+        routing: rng.pick(&[Routing::Uniform, Routing::Zipf, Routing::Hot, Routing::One]),
+        weights: rng.pick(&[Weights::None, Weights::AtDispatch, Weights::AtCombine]),
+        precision: rng.pick(&[
+            Precision::Bf16,
+            Precision::Fp8,
+            Precision::Fp8Pow2,
+            Precision::Fp8Ue8m0,
+        ]),
+        odd: Odd {
+            missing: rng.below(2) == 0,
+            out_of_range: rng.below(4) == 0,
+            repeated: rng.below(4) == 0,
+        },
+        specials: rng.below(2) == 0,
+        seed: rng.next(),
+    };
+    let order = rng.pick(&[Order::Fused, Order::Split, Order::Nested, Order::Overlapped]);
+    (case, order)
 }
 
 pub(crate) fn config(case: &Case) -> Config {
@@ -135,9 +176,9 @@ pub(crate) struct Rank<'c> {
 
 /// The tensors of one operation.
 pub(crate) struct Tensors {
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
+    pub(crate) x: Tensor,
+    pub(crate) topk_idx: Tensor,
+    pub(crate) topk_weights: Tensor,
     pub(crate) received: DispatchOutput,
     y: Tensor,
     pub(crate) out: Tensor,
@@ -162,6 +203,11 @@ impl<'c> Rank<'c> {
             stream: Stream::new(device)?,
             case,
         })
+    }
+
+    /// The same rank on another stream.
+    pub(crate) fn on(self, stream: Stream) -> Self {
+        Self { stream, ..self }
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -420,6 +466,16 @@ impl<'c> Rank<'c> {
             .copy_from_host(&oracle.expert_outputs(self.rank()))
     }
 
+    /// Compares what a combine gave.
+    pub(crate) fn compare_combine(
+        &self,
+        oracle: &Oracle<'_>,
+        tensors: &Tensors,
+    ) -> Result<(), String> {
+        let out = tensors.out.copy_to_host::<u16>().map_err(explain)?;
+        oracle.check_combine(self.rank(), &out)
+    }
+
     /// Compares what a combine gave, and that it reported nothing.
     pub(crate) fn check_combine(
         &self,
@@ -427,10 +483,7 @@ impl<'c> Rank<'c> {
         tensors: &Tensors,
     ) -> Result<(), String> {
         self.stream.synchronize().map_err(explain)?;
-        oracle.check_combine(
-            self.rank(),
-            &tensors.out.copy_to_host::<u16>().map_err(explain)?,
-        )?;
+        self.compare_combine(oracle, tensors)?;
         match self.buffer.status().map_err(explain)? {
             Some(status) if status.operation == Operation::Combine && status.is_ok() => Ok(()),
             other => Err(format!("the last operation's status is {other:?}")),

@@ -1,0 +1,526 @@
+//! The facade on GPUs: what the simulator's tests ask, of the CUDA kernels.
+//!
+//! Whether there are GPUs is found out when the tests run. `EP_GPU=require` makes their absence a
+//! failure. `EP_GPU_CASES` and `EP_GPU_ITERS` say how many drawn cases and how many iterations are
+//! run, for instance few under compute-sanitizer.
+
+#![allow(unsafe_code, reason = "lends streams to the library")]
+
+#[path = "../../../kernels/tests/common/mod.rs"]
+mod common;
+mod rig;
+
+use std::fmt::Debug;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cudarc::driver::CudaContext;
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use ep::driver::{CudaDriver, Driver, StreamHandle};
+use ep::{
+    BackendKind, Choice, Communicator, Device, Element, Error, FaultKind, Operation, Phase, Stream,
+};
+
+use common::{Case, Oracle, Precision, Routing, Weights};
+use rig::{
+    Order, PATIENCE, Processes, Rank, Task, Tensors, all_well, case, drawn, explain, threads,
+};
+
+/// A number from the environment.
+fn setting<T: FromStr<Err: Debug>>(name: &str, default: T) -> T {
+    match std::env::var(name) {
+        Ok(value) => value.parse().unwrap(),
+        Err(_) => default,
+    }
+}
+
+/// The GPUs of this host, `None` where there are none. Says why.
+fn gpus() -> Option<u32> {
+    let found = match CudaDriver::load() {
+        Err(error) => Err(error.to_string()),
+        Ok(_) if cfg!(not(feature = "cuda")) => Err(String::from("built without feature cuda")),
+        Ok(driver) => driver.device_count().map_err(|error| error.to_string()),
+    };
+    match found {
+        Ok(count) => Some(count),
+        Err(why) if std::env::var("EP_GPU").as_deref() == Ok("require") => {
+            panic!("EP_GPU=require: {why}");
+        }
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            None
+        }
+    }
+}
+
+/// The sizes of groups that the GPUs of this host can form, one rank to a GPU; no more than `most`.
+fn groups(most: u32) -> Vec<usize> {
+    let Some(gpus) = gpus() else {
+        return Vec::new();
+    };
+    let (fit, rest): (Vec<u32>, Vec<u32>) = [1, 2, 4, 8]
+        .into_iter()
+        .filter(|size| *size <= most)
+        .partition(|size| *size <= gpus);
+    if !rest.is_empty() {
+        eprintln!("skipped groups of {rest:?}: {gpus} GPUs");
+    }
+    fit.into_iter().map(|size| size as usize).collect()
+}
+
+#[cfg(feature = "cuda")]
+fn device(ordinal: u32) -> Result<Device, Error> {
+    Device::cuda(ep::driver::DeviceOrdinal(ordinal))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device(ordinal: u32) -> Result<Device, Error> {
+    unreachable!("asked for GPU {ordinal} without feature cuda")
+}
+
+/// Runs a case with a thread for each rank.
+fn run_threads(case: &Case, operations: usize, order: Order) -> Result<(), String> {
+    let outcomes = threads(case.ranks, |comm| {
+        let device = device(comm.rank()).map_err(explain)?;
+        let rank = Rank::new(&device, &comm, case).map_err(explain)?;
+        rank.run(operations, order)?;
+        rank.buffer.close().map_err(explain)
+    });
+    all_well(outcomes)
+}
+
+#[test]
+fn drawn_cases_on_gpus() {
+    for ranks in groups(8) {
+        for n in 0..setting("EP_GPU_CASES", 48) {
+            let (case, order) = drawn(ranks, n);
+            run_threads(&case, 4, order).unwrap_or_else(|errors| {
+                panic!("case {n} of {ranks} ranks: {errors}\n{order:?} {case:#?}")
+            });
+        }
+    }
+}
+
+/// The shapes of well-known models, at the batch sizes of decoding.
+#[test]
+fn models_on_gpus() {
+    let shapes = [
+        // hidden, experts, top-k, most tokens
+        (7168, 256, 8, 128),
+        (3584, 256, 16, 128),
+        (7168, 256, 8, 1),
+        (2048, 128, 8, 64),
+        (4096, 128, 4, 33),
+    ];
+    let shapes = &shapes[..setting("EP_GPU_CASES", shapes.len()).min(shapes.len())];
+    for ranks in groups(4) {
+        for (hidden, experts, top_k, tokens) in shapes.iter().copied() {
+            for precision in [Precision::Bf16, Precision::Fp8, Precision::Fp8Ue8m0] {
+                let case = Case {
+                    experts,
+                    hidden,
+                    top_k,
+                    max_tokens: tokens,
+                    tokens: (0..ranks).map(|rank| tokens - rank.min(tokens)).collect(),
+                    routing: Routing::Zipf,
+                    weights: Weights::AtDispatch,
+                    precision,
+                    ..case(ranks)
+                };
+                run_threads(&case, 1, Order::Fused)
+                    .unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}\n{case:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn processes_on_gpus() {
+    const TEST: &str = "processes_on_gpus";
+    if let Some(task) = Task::of_this_process() {
+        let [ranks, visible] = [0, 1].map(|i| task.words[i].parse::<usize>().unwrap());
+        // With one GPU visible to each process, every process calls its own number 0.
+        let ordinal = if visible == 1 { 0 } else { task.rank };
+        let choice = Choice::parse(&task.words[2]).unwrap();
+        let device = device(ordinal).unwrap();
+        let comm = task.meet(ranks).unwrap();
+        for n in 0..2 {
+            let (case, order) = drawn(ranks, n);
+            let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice)).unwrap();
+            let backend = rank.buffer.plan().backend;
+            assert_eq!(backend, choice.forced().unwrap_or(BackendKind::Malloc));
+            rank.run(4, order).unwrap();
+            rank.buffer.close().unwrap();
+        }
+        return;
+    }
+    for ranks in groups(4) {
+        for choice in ["auto", "posix-fd", "malloc"] {
+            let all = [&ranks.to_string(), "0", choice];
+            Processes::start(TEST, ranks, &all, |_, _| {}).succeed();
+        }
+        let one = [&ranks.to_string(), "1", "auto"];
+        Processes::start(TEST, ranks, &one, |rank, command| {
+            command.env("CUDA_VISIBLE_DEVICES", rank.to_string());
+        })
+        .succeed();
+    }
+}
+
+/// The tensors of several operations, each with what its experts give in place.
+fn prepared(rank: &Rank<'_>, oracles: &[Oracle<'_>]) -> Result<Vec<Tensors>, Error> {
+    oracles
+        .iter()
+        .map(|oracle| {
+            let mut tensors = rank.tensors(oracle)?;
+            rank.experts(oracle, &mut tensors)?;
+            Ok(tensors)
+        })
+        .collect()
+}
+
+/// Everything that an operation writes.
+fn written(tensors: &Tensors) -> Result<Vec<Vec<u8>>, Error> {
+    let received = &tensors.received;
+    let bytes = |tensor: &ep::Tensor| {
+        fn read<T: Element>(tensor: &ep::Tensor) -> Result<Vec<u8>, Error> {
+            let values = tensor.copy_to_host::<T>()?;
+            Ok(values
+                .iter()
+                .flat_map(|value| value.as_bytes().to_vec())
+                .collect())
+        }
+        match tensor.dtype() {
+            ep::DType::Bf16 => read::<u16>(tensor),
+            ep::DType::F32 => read::<f32>(tensor),
+            ep::DType::I32 => read::<i32>(tensor),
+            ep::DType::I64 => read::<i64>(tensor),
+            _ => read::<u8>(tensor),
+        }
+    };
+    [
+        Some(&received.recv_x),
+        received.recv_scales.as_ref(),
+        Some(&received.recv_count),
+        Some(&received.src_info),
+        Some(&received.layout_range),
+        Some(&tensors.out),
+    ]
+    .into_iter()
+    .flatten()
+    .map(bytes)
+    .collect()
+}
+
+/// Thousands of operations, eight of them enqueued between two looks: the outputs of each are
+/// poisoned before and compared after.
+#[test]
+fn iterations_back_to_back_on_gpus() {
+    const AT_ONCE: usize = 8;
+    let iterations: usize = setting("EP_GPU_ITERS", 10_000);
+    for ranks in groups(8) {
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            let case = Case {
+                hidden: 1024,
+                max_tokens: 24,
+                tokens: (0..ranks).map(|rank| [24, 17, 0, 9][rank % 4]).collect(),
+                precision,
+                ..case(ranks)
+            };
+            let inputs: Vec<_> = (0..AT_ONCE).map(|n| case.inputs(n)).collect();
+            let outcomes = threads(ranks, |comm| {
+                let device = device(comm.rank()).map_err(explain)?;
+                let rank = Rank::new(&device, &comm, &case).map_err(explain)?;
+                let oracles: Vec<_> = (0..).zip(&inputs).map(|(n, i)| rank.oracle(n, i)).collect();
+                let mut tensors = prepared(&rank, &oracles).map_err(explain)?;
+                let mut expected = Vec::new();
+                for round in 0..iterations.div_ceil(AT_ONCE) {
+                    for tensors in &mut tensors {
+                        rank.poison(tensors).map_err(explain)?;
+                    }
+                    for tensors in &mut tensors {
+                        let handle = rank.dispatch(tensors).map_err(explain)?;
+                        rank.combine(handle, tensors).map_err(explain)?;
+                    }
+                    rank.stream.synchronize().map_err(explain)?;
+                    for (n, tensors) in tensors.iter().enumerate() {
+                        let written = written(tensors).map_err(explain)?;
+                        if round == 0 {
+                            // What is right once is right always, bit for bit.
+                            rank.compare_dispatch(&oracles[n], tensors)?;
+                            rank.compare_combine(&oracles[n], tensors)?;
+                            expected.push(written);
+                        } else if written != expected[n] {
+                            rank.compare_dispatch(&oracles[n], tensors)?;
+                            rank.compare_combine(&oracles[n], tensors)?;
+                            return Err(format!("round {round}, operation {n} differs"));
+                        }
+                    }
+                }
+                let faults = rank.buffer.faults().map_err(explain)?;
+                if let Some(fault) = faults.first() {
+                    return Err(fault.to_string());
+                }
+                rank.buffer.close().map_err(explain)
+            });
+            all_well(outcomes)
+                .unwrap_or_else(|errors| panic!("{ranks} ranks, {precision:?}: {errors}"));
+        }
+    }
+}
+
+/// A graph of two layers, captured once: replayed with other inputs in the same places, and between
+/// operations that are enqueued as usual.
+#[test]
+fn graphs_replay_on_gpus() {
+    for ranks in groups(4) {
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            let case = Case {
+                tokens: vec![9; ranks],
+                precision,
+                ..case(ranks)
+            };
+            let outcomes = threads(ranks, |comm| {
+                replay(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
+            });
+            all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
+        }
+    }
+}
+
+fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
+    let failed = |error| format!("{error:?}");
+    let device = device(comm.rank()).map_err(explain)?;
+    // A framework's stream: captured by its owner, borrowed by the library.
+    let context = CudaContext::new(comm.rank() as usize).map_err(failed)?;
+    let theirs = context.new_stream().map_err(failed)?;
+    let raw = StreamHandle(theirs.cu_stream() as u64);
+    // SAFETY: the stream is of the device's primary context, and lives until this function ends.
+    let stream = unsafe { Stream::borrowed(&device, raw) };
+    let rank = Rank::new(&device, comm, case).map_err(explain)?.on(stream);
+
+    let operations = 6;
+    let inputs: Vec<_> = (0..operations).map(|n| case.inputs(n)).collect();
+    let oracles: Vec<_> = (0..).zip(&inputs).map(|(n, i)| rank.oracle(n, i)).collect();
+    let mut tensors = prepared(&rank, &oracles[..2]).map_err(explain)?;
+    rank.run(1, Order::Fused)?;
+
+    theirs
+        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .map_err(failed)?;
+    let captured = tensors.iter_mut().try_for_each(|tensors| {
+        let handle = rank.dispatch(tensors)?;
+        rank.combine(handle, tensors)
+    });
+    let graph = theirs
+        .end_capture(CUgraphInstantiate_flags(0))
+        .map_err(failed)?;
+    captured.map_err(explain)?;
+    let graph = graph.ok_or("nothing was captured")?;
+
+    for round in 0..setting("EP_GPU_ITERS", 300).min(300) {
+        let first = 2 * (round % (operations / 2));
+        for (tensors, n) in tensors.iter_mut().zip(first..) {
+            let input = &inputs[n][rank.rank()];
+            let refill = |tensors: &mut Tensors| {
+                tensors.x.copy_from_host(&input.x)?;
+                tensors.topk_idx.copy_from_host(&input.topk_idx)?;
+                tensors.topk_weights.copy_from_host(&input.topk_weights)?;
+                rank.experts(&oracles[n], tensors)?;
+                rank.poison(tensors)
+            };
+            refill(tensors).map_err(explain)?;
+        }
+        graph.launch().map_err(failed)?;
+        rank.stream.synchronize().map_err(explain)?;
+        for (tensors, n) in tensors.iter().zip(first..) {
+            rank.compare_dispatch(&oracles[n], tensors)
+                .and_then(|()| rank.compare_combine(&oracles[n], tensors))
+                .map_err(|error| format!("round {round}: {error}"))?;
+        }
+        if round % 16 == 5 {
+            let handle = rank.dispatch(&mut tensors[0]).map_err(explain)?;
+            rank.combine(handle, &mut tensors[0]).map_err(explain)?;
+            rank.stream.synchronize().map_err(explain)?;
+            rank.compare_combine(&oracles[first], &tensors[0])?;
+        }
+    }
+    let faults = rank.buffer.faults().map_err(explain)?;
+    if let Some(fault) = faults.first() {
+        return Err(fault.to_string());
+    }
+    let closed = rank.buffer.close().map_err(explain);
+    drop(graph);
+    closed
+}
+
+#[test]
+fn a_late_rank_is_reported_on_gpus() {
+    let Some(&ranks) = groups(4).iter().find(|ranks| **ranks > 1) else {
+        return;
+    };
+    let case = case(ranks);
+    threads(ranks, |comm| {
+        let device = device(comm.rank()).unwrap();
+        let short = Duration::from_millis(200);
+        let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
+        let late = ranks - 1;
+        comm.barrier(PATIENCE).unwrap();
+        if rank.rank() != late {
+            let inputs = case.inputs(0);
+            let oracle = rank.oracle(0, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let handle = rank.dispatch(&mut tensors).unwrap();
+            rank.stream.synchronize().unwrap();
+            let status = rank.buffer.status_of(&handle).unwrap();
+            let [fault] = status.faults[..] else {
+                panic!("{status:?}");
+            };
+            assert_eq!((fault.rank as usize, fault.phase), (late, Phase::Counts));
+            let FaultKind::Timeout { waited } = fault.kind else {
+                panic!("{fault}");
+            };
+            assert!((short..PATIENCE).contains(&waited), "{waited:?}");
+
+            // What came from those that were there is there, and the next operation goes on.
+            let links = common::Links::all(ranks).without(late);
+            let without = Oracle::new(&case, 0, &inputs, links);
+            rank.compare_dispatch(&without, &tensors).unwrap();
+            rank.experts(&without, &mut tensors).unwrap();
+            rank.combine(handle, &mut tensors).unwrap();
+            rank.stream.synchronize().unwrap();
+            let status = rank.buffer.status().unwrap().unwrap();
+            assert_eq!((status.operation, status.epoch), (Operation::Combine, 1));
+        }
+        comm.barrier(PATIENCE).unwrap();
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn buffers_come_and_go_on_gpus() {
+    let Some(ranks) = groups(4).pop() else {
+        return;
+    };
+    let case = case(ranks);
+    let free = |device: &Device| device.driver().mem_info(device.ordinal()).unwrap().0;
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    threads(ranks, |comm| {
+        let device = device(comm.rank()).unwrap();
+        let mut before = None;
+        for round in 0..setting("EP_GPU_ITERS", 200).min(200) {
+            let kinds = [BackendKind::Malloc, BackendKind::PosixFd];
+            let choice = Choice::Force(kinds[round % 2]);
+            let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice)).unwrap();
+            rank.run(1, Order::Fused).unwrap();
+            rank.buffer.close().unwrap();
+            drop(rank.stream);
+            comm.barrier(PATIENCE).unwrap();
+            let now = (free(&device), descriptors());
+            // The first rounds load what the driver keeps.
+            if round == 3 {
+                before = Some(now);
+            }
+            if let Some((memory, descriptors)) = before {
+                assert!(now.0 >= memory, "round {round}: {} of {memory} free", now.0);
+                assert!(
+                    now.1 <= descriptors + 2,
+                    "round {round}: {} descriptors",
+                    now.1
+                );
+            }
+            comm.barrier(PATIENCE).unwrap();
+        }
+    });
+}
+
+#[test]
+fn forced_fabric_is_refused_with_the_reason_on_gpus() {
+    let Some(ranks) = groups(4).pop() else {
+        return;
+    };
+    let case = case(ranks);
+    let outcomes = threads(ranks, |comm| {
+        let device = device(comm.rank()).unwrap();
+        let driver: &Arc<dyn Driver> = device.driver();
+        if driver.host_facts().imex_channel {
+            eprintln!("skipped: this host has an IMEX channel");
+            return None;
+        }
+        let force = Choice::Force(BackendKind::Fabric);
+        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(force));
+        Some(explain(rank.err().unwrap()))
+    });
+    for error in outcomes.into_iter().flatten() {
+        assert!(error.contains("cuMemCreate returned 800"), "{error}");
+        assert!(error.contains("IMEX"), "{error}");
+    }
+}
+
+/// What the demo's experts are made of.
+#[cfg(feature = "cuda")]
+#[test]
+fn expert_kernels_on_a_gpu() {
+    use ep::{DType, Tensor, experts};
+    use rig::POISON;
+
+    if gpus().is_none() {
+        return;
+    }
+    let device = device(0).unwrap();
+    let stream = Stream::new(&device).unwrap();
+    let (capacity, hidden, rows) = (19, 256, 16);
+
+    // Every code of E4M3, in rows that do not all count.
+    let codes: Vec<u8> = (0..capacity * hidden)
+        .map(|i| (i * 7 % 255) as u8)
+        .collect();
+    let scales: Vec<f32> = (0..hidden / 128 * capacity)
+        .map(|i| 0.01 * (i + 1) as f32)
+        .collect();
+    let x = Tensor::from_host(&device, DType::E4m3, [capacity, hidden], &codes).unwrap();
+    let scale = Tensor::from_host(&device, DType::F32, [hidden / 128, capacity], &scales).unwrap();
+    let mut out = Tensor::new(&device, DType::Bf16, [rows, hidden]).unwrap();
+    out.fill(POISON, &stream).unwrap();
+    experts::dequantize(&stream, x.view(), scale.view(), out.view_mut()).unwrap();
+    stream.synchronize().unwrap();
+    let magnitudes = common::e4m3_values();
+    for (i, bits) in out.copy_to_host::<u16>().unwrap().into_iter().enumerate() {
+        let (row, channel) = (i / hidden, i % hidden);
+        let code = codes[i];
+        let Some(magnitude) = magnitudes.get(usize::from(code & 0x7f)) else {
+            assert!(common::bf16_value(bits).is_nan(), "{row}, {channel}");
+            continue;
+        };
+        let sign = if code < 0x80 { 1.0 } else { -1.0 };
+        let value = (sign * magnitude) as f32 * scales[channel / 128 * capacity + row];
+        assert_eq!(bits, common::bf16_round(value), "{row}, {channel}");
+    }
+
+    let intermediate = 384;
+    let gate_up: Vec<u16> = (0..rows * 2 * intermediate)
+        .map(|i| common::bf16_round((i % 61) as f32 / 8.0 - 3.5))
+        .collect();
+    let input = Tensor::from_host(&device, DType::Bf16, [rows, 2 * intermediate], &gate_up);
+    let mut out = Tensor::new(&device, DType::Bf16, [rows, intermediate]).unwrap();
+    out.fill(POISON, &stream).unwrap();
+    experts::swiglu(&stream, input.unwrap().view(), out.view_mut()).unwrap();
+    stream.synchronize().unwrap();
+    for (i, bits) in out.copy_to_host::<u16>().unwrap().into_iter().enumerate() {
+        let (row, channel) = (i / intermediate, i % intermediate);
+        let at =
+            |column: usize| f64::from(common::bf16_value(gate_up[row * 2 * intermediate + column]));
+        let (gate, up) = (at(channel), at(intermediate + channel));
+        let value = gate / (1.0 + (-gate).exp()) * up;
+        let error = (f64::from(common::bf16_value(bits)) - value).abs();
+        assert!(
+            error <= value.abs() / 200.0 + 1e-6,
+            "{row}, {channel}: {error}"
+        );
+    }
+
+    let mut small = Tensor::new(&device, DType::Bf16, [capacity + 1, hidden]).unwrap();
+    let refused = experts::dequantize(&stream, x.view(), scale.view(), small.view_mut());
+    assert!(matches!(refused, Err(Error::Argument { .. })));
+}
