@@ -25,11 +25,13 @@ __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_b
   for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
     const uint64_t peer = partner_base(g, control, r);
     if (peer == 0) continue;
-    arch::st_release_sys_u64(reinterpret_cast<void*>(peer + args.layout.barrier + g.rank * kLine), epoch);
+    arch::st_release_sys_u64(reinterpret_cast<void*>(peer + args.layout.barrier + g.rank * kLine),
+                             epoch);
   }
   for (uint32_t r = threadIdx.x; r < g.num_ranks; r += kThreads) {
     if (partner_base(g, control, r) == 0) continue;
-    const void* from = reinterpret_cast<const void*>(peer_base(g, g.rank) + args.layout.barrier + r * kLine);
+    const void* from =
+        reinterpret_cast<const void*>(peer_base(g, g.rank) + args.layout.barrier + r * kLine);
     Patience patience;
     // A peer may already be at a later barrier.
     while (arch::ld_acquire_sys_u64(from) < epoch) {
@@ -46,9 +48,11 @@ __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_b
 
 cudaError_t ep::load_barrier() { return load(barrier); }
 
-extern "C" int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream, int32_t* cuda_error) {
+extern "C" int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream,
+                                     int32_t* cuda_error) {
   using namespace ep;
-  if (args == nullptr || args->struct_size != sizeof(*args) || !group_is_sound(args->group)) return EP_LAUNCH_BAD_ARGS;
+  if (args == nullptr || args->struct_size != sizeof(*args) || !group_is_sound(args->group))
+    return EP_LAUNCH_BAD_ARGS;
   const DeviceGuard device(args->group.device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
   barrier<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);

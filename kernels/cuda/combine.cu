@@ -20,9 +20,9 @@ constexpr uint32_t kRecvThreads = 448;
 constexpr uint32_t kSendWarps = kSendThreads / 32;
 constexpr uint32_t kRecvWarps = kRecvThreads / 32;
 constexpr uint32_t kNowhere = ~0u;
-constexpr uint32_t kSendPieces = 2;     // pieces of a row per lane and unit of sending
-constexpr uint32_t kEntriesAtOnce = 2;  // experts' rows loaded before the first is added
-constexpr uint32_t kPartialsAtOnce = 4; // partials polled before the first is added
+constexpr uint32_t kSendPieces = 2;      // pieces of a row per lane and unit of sending
+constexpr uint32_t kEntriesAtOnce = 2;   // experts' rows loaded before the first is added
+constexpr uint32_t kPartialsAtOnce = 4;  // partials polled before the first is added
 constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
 
 template <uint32_t H>
@@ -33,23 +33,29 @@ struct Problem {
 
   __device__ __forceinline__ uint32_t hidden() const { return H != 0 ? H : a.group.hidden; }
   __device__ __forceinline__ RowShape row() const { return bf16_row(hidden()); }
-  // Where `owner`'s partials for this rank, or this rank's for others, stand in the buffer at `base`.
-  __device__ __forceinline__ uint64_t partial_at(uint64_t base, uint32_t owner, uint32_t slot) const {
+  // Where `owner`'s partials for this rank, or this rank's for others, stand in the buffer at
+  // `base`.
+  __device__ __forceinline__ uint64_t partial_at(uint64_t base, uint32_t owner,
+                                                 uint32_t slot) const {
     return base + a.layout.partials + a.handle.slot * a.layout.partials_slot_stride +
            owner * a.layout.partials_source_stride + slot * a.layout.partial_stride;
   }
   // Whose partials a line of the buffer belongs to.
   __device__ __forceinline__ uint32_t owner_of(uint32_t line) const {
-    return static_cast<uint32_t>((uint64_t{line} * kLine - partial_at(0, 0, 0)) / a.layout.partials_source_stride);
+    return static_cast<uint32_t>((uint64_t{line} * kLine - partial_at(0, 0, 0)) /
+                                 a.layout.partials_source_stride);
   }
-  __device__ __forceinline__ uint64_t weights_at(uint64_t base, uint32_t source, uint32_t slot) const {
+  __device__ __forceinline__ uint64_t weights_at(uint64_t base, uint32_t source,
+                                                 uint32_t slot) const {
     return base + a.layout.weights + a.handle.slot * a.layout.weights_slot_stride +
            source * a.layout.weights_source_stride + slot * a.layout.weight_stride;
   }
 };
 
-// Byte offset, within a row, of the piece of a line that a lane carries; `row bytes` if it carries none.
-__device__ __forceinline__ uint32_t piece_offset(const RowShape& shape, uint32_t line, const LaneInLine& lane) {
+// Byte offset, within a row, of the piece of a line that a lane carries; `row bytes` if it carries
+// none.
+__device__ __forceinline__ uint32_t piece_offset(const RowShape& shape, uint32_t line,
+                                                 const LaneInLine& lane) {
   if (line >= shape.lines()) return 16 * shape.body;
   if (!lane.last()) {
     const uint32_t unit = 7 * line + lane.piece;
@@ -83,9 +89,11 @@ __device__ __forceinline__ uint4 pack(const Channels& c) {
   return {w[0], w[1], w[2], w[3]};
 }
 
-// Pushes a token's weights to the owners of its experts, in the order of their rows' entries. One warp.
+// Pushes a token's weights to the owners of its experts, in the order of their rows' entries. One
+// warp.
 template <class P>
-__device__ __forceinline__ void push_weights(const P& p, uint32_t token, const uint64_t* partners, uint64_t epoch) {
+__device__ __forceinline__ void push_weights(const P& p, uint32_t token, const uint64_t* partners,
+                                             uint64_t epoch) {
   const ep_group& g = p.a.group;
   const uint32_t k = threadIdx.x % 32;
   const LaneInLine lane;
@@ -113,17 +121,20 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
     }
     const uint64_t partner = partners[to >> 16];
     if (partner != 0 && lane.line < p.a.layout.weight_lines) {
-      uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]), __float_as_uint(piece[3])};
+      uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]),
+                 __float_as_uint(piece[3])};
       if (lane.last()) v = seal({v.x, v.y}, epoch);
       const uint64_t base = p.weights_at(partner, g.rank, to & 0xffff);
-      arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16, v);
+      arch::st_relaxed_sys_v4(
+          reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16, v);
     }
   }
 }
 
 // Reduces some lines of one received row and stores them to the row's source. One warp.
 template <class P>
-__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source, uint64_t partner, uint32_t slot, uint32_t first_line) {
+__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source,
+                                          uint64_t partner, uint32_t slot, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
@@ -137,12 +148,15 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
   uint4 given = {};
   const bool weights_here = (p.a.flags & EP_COMBINE_WEIGHTS) != 0;
   if (weights_here) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
-                          lane.line * kLine + lane.piece * 16;
+    const uint8_t* from =
+        reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
+        lane.line * kLine + lane.piece * 16;
     Patience patience;
     for (;;) {
       if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
-      if (__all_sync(~0u, !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch))) break;
+      if (__all_sync(~0u,
+                     !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
+        break;
       if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
         if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
         return;
@@ -171,7 +185,8 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
         const uint32_t in_line = at % kWeightsPerLine;
         const uint32_t c = in_line % 4;
         const uint32_t mine = c == 0 ? given.x : c == 1 ? given.y : c == 2 ? given.z : given.w;
-        weight[j] = __uint_as_float(__shfl_sync(~0u, mine, at / kWeightsPerLine * kLanesPerLine + in_line / 4));
+        weight[j] = __uint_as_float(
+            __shfl_sync(~0u, mine, at / kWeightsPerLine * kLanesPerLine + in_line / 4));
       }
 #pragma unroll
       for (uint32_t i = 0; i < kSendPieces; ++i) {
@@ -210,7 +225,8 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
 }
 
 template <class P>
-__device__ __forceinline__ void send(const P& p, const uint64_t* partners, const uint32_t* source_rows, uint64_t epoch) {
+__device__ __forceinline__ void send(const P& p, const uint64_t* partners,
+                                     const uint32_t* source_rows, uint64_t epoch) {
   const ep_group& g = p.a.group;
   uint32_t most = 0;
   for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
@@ -234,7 +250,8 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners, const
 
 // Sums some lines of one token's partials. One warp.
 template <class P>
-__device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partners, uint64_t epoch, uint32_t token, uint32_t first_line) {
+__device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partners, uint64_t epoch,
+                                             uint32_t token, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
@@ -243,14 +260,16 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
   const bool mine = line < shape.lines();
   uint32_t route = kNowhere;
   if (thread < p.a.handle.top_k)
-    route = reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
+    route =
+        reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
 
   const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank));
   const uint8_t* own = base + lane.piece * 16;
   // What a rank that takes no part had promised does not come.
   if (route != kNowhere && partners[route >> 16] == 0) [[unlikely]] {
     if (peer_base(g, route >> 16) == 0)
-      record_peer_fault(g, kCombineRecv, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_PARTIALS, route >> 16, token, 0);
+      record_peer_fault(g, kCombineRecv, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_PARTIALS,
+                        route >> 16, token, 0);
     route = kNowhere;
   }
 
@@ -283,7 +302,8 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
           piece[i] = arch::ld_relaxed_sys_v4(own + uint64_t{at[i]} * kLine);
 #pragma unroll
       for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
-        if ((missing >> i & 1) != 0 && __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
+        if ((missing >> i & 1) != 0 &&
+            __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
           missing &= ~(1u << i);
       if (missing == 0) break;
       // Watch one partial's epochs only: many warps wait here, and what they read while they wait,
@@ -339,7 +359,8 @@ __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, ui
 }
 
 template <uint32_t H>
-__global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1) combine(const __grid_constant__ ep_combine_args args) {
+__global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1)
+    combine(const __grid_constant__ ep_combine_args args) {
   extern __shared__ uint64_t partners[];  // [R], then source_rows u32 [R]
   __shared__ uint64_t send_epoch;
   __shared__ uint64_t recv_epoch;
@@ -371,7 +392,8 @@ __global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1) combine(const 
     return;
   }
   if (sends && (args.flags & EP_COMBINE_WEIGHTS) != 0) {
-    for (uint32_t t = (warp - kSendWarps) * gridDim.x + blockIdx.x; t < args.handle.num_tokens; t += kRecvWarps * gridDim.x)
+    for (uint32_t t = (warp - kSendWarps) * gridDim.x + blockIdx.x; t < args.handle.num_tokens;
+         t += kRecvWarps * gridDim.x)
       push_weights(p, t, partners, send_epoch);
   }
   if (receives) receive(p, partners, recv_epoch);
@@ -381,20 +403,22 @@ using CombineKernel = void(const ep_combine_args);
 
 CombineKernel* kernel_for(uint32_t hidden) {
   switch (hidden) {
-    case 3584: return combine<3584>;
-    case 7168: return combine<7168>;
-    default: return combine<0>;
+  case 3584: return combine<3584>;
+  case 7168: return combine<7168>;
+  default: return combine<0>;
   }
 }
 
 bool is_sound(const ep_combine_args& a) {
   constexpr uint32_t kParts = EP_COMBINE_SEND | EP_COMBINE_RECV;
-  if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 || (a.flags & ~(kParts | EP_COMBINE_WEIGHTS)) != 0 ||
-      !group_is_sound(a.group) || !handle_is_sound(a.handle, a.group, a.layout))
+  if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 ||
+      (a.flags & ~(kParts | EP_COMBINE_WEIGHTS)) != 0 || !group_is_sound(a.group) ||
+      !handle_is_sound(a.handle, a.group, a.layout))
     return false;
   const bool tokens = a.handle.num_tokens != 0;
   if ((a.flags & EP_COMBINE_WEIGHTS) != 0 && tokens && a.topk_weights == 0) return false;
-  return ((a.flags & EP_COMBINE_SEND) == 0 || a.y != 0) && ((a.flags & EP_COMBINE_RECV) == 0 || !tokens || a.out != 0);
+  return ((a.flags & EP_COMBINE_SEND) == 0 || a.y != 0) &&
+         ((a.flags & EP_COMBINE_RECV) == 0 || !tokens || a.out != 0);
 }
 
 }  // namespace
@@ -402,7 +426,8 @@ bool is_sound(const ep_combine_args& a) {
 
 cudaError_t ep::load_combine() { return load(combine<3584>, combine<7168>, combine<0>); }
 
-extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream, int32_t* cuda_error) {
+extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
+                                     int32_t* cuda_error) {
   using namespace ep;
   if (args == nullptr || !is_sound(*args)) return EP_LAUNCH_BAD_ARGS;
   const DeviceGuard device(args->group.device);
@@ -411,7 +436,8 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream, 
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) {
     CombineKernel* kernel = kernel_for(args->group.hidden);
-    kernel<<<grid, kSendThreads + kRecvThreads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(*args);
+    kernel<<<grid, kSendThreads + kRecvThreads, 12 * args->group.num_ranks,
+             static_cast<cudaStream_t>(stream)>>>(*args);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

@@ -1,7 +1,9 @@
-// Dispatch: every token once to each rank that owns one of its experts, spread there over the experts.
+// Dispatch: every token once to each rank that owns one of its experts, spread there over the
+// experts.
 //
 // Warps of a block have one task each and wait for no other block:
-//   senders   count the entries before the block's tokens, quantise, and store whole lines to the peers;
+//   senders   count the entries before the block's tokens, quantise, and store whole lines to the
+//             peers;
 //   a router  gives each token its slots, so that the same input gives the same bits: a slot is a
 //             prefix sum in token order;
 //   readers   poll all sources' counts and sum them to where each source's rows begin;
@@ -101,7 +103,9 @@ struct Divisor {
   uint32_t value;
   uint32_t inverse;  // ceil(2^31 / value)
   explicit Divisor(uint32_t v) : value(v), inverse((0x7fffffffu + v) / v) {}
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return __umulhi(2 * n, inverse); }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return __umulhi(2 * n, inverse);
+  }
 };
 
 // What the host works out once for all blocks.
@@ -109,14 +113,13 @@ struct Plan {
   Shared shared;
   Divisor local_experts;
   Divisor packets_per_source;
-  uint32_t tokens_per_block;          // or 1, where blocks share a token's destinations:
-  uint32_t blocks_per_token;          // each takes every `blocks_per_token`th
+  uint32_t tokens_per_block;  // or 1, where blocks share a token's destinations:
+  uint32_t blocks_per_token;  // each takes every `blocks_per_token`th
   Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
       : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
         local_experts(a.group.num_experts / a.group.num_ranks),
         packets_per_source(local_experts.value + 1),
-        tokens_per_block(div_up(a.handle.num_tokens, grid)),
-        blocks_per_token(1) {
+        tokens_per_block(div_up(a.handle.num_tokens, grid)), blocks_per_token(1) {
     // One multiprocessor alone stores far slower than the links.
     const uint32_t tokens = a.handle.num_tokens;
     if (tokens != 0 && 2 * tokens <= grid) {
@@ -132,28 +135,37 @@ struct Problem {
   const ep_dispatch_args& a;
   const Plan& plan;
 
-  __device__ __forceinline__ Problem(const ep_dispatch_args& args, const Plan& p) : a(args), plan(p) {}
+  __device__ __forceinline__ Problem(const ep_dispatch_args& args, const Plan& p)
+      : a(args), plan(p) {}
 
   __device__ __forceinline__ uint32_t hidden() const { return H != 0 ? H : a.group.hidden; }
-  __device__ __forceinline__ bool ue8m0() const { return FP8 && (a.flags & EP_DISPATCH_UE8M0) != 0; }
+  __device__ __forceinline__ bool ue8m0() const {
+    return FP8 && (a.flags & EP_DISPATCH_UE8M0) != 0;
+  }
   __device__ __forceinline__ uint32_t scale_words() const {
-    return !FP8 ? 0 : ue8m0() ? div_up(hidden(), 4 * kChannelsPerScale) : hidden() / kChannelsPerScale;
+    return !FP8      ? 0
+           : ue8m0() ? div_up(hidden(), 4 * kChannelsPerScale)
+                     : hidden() / kChannelsPerScale;
   }
   __device__ __forceinline__ RowShape row() const {
     return {hidden() / (FP8 ? 16 : 8), div_up(scale_words(), 2)};
   }
   __device__ __forceinline__ uint32_t row_bytes() const { return hidden() * (FP8 ? 1 : 2); }
   // All rows together are fewer than 2^31 (ep_layout's maker checks it).
-  __device__ __forceinline__ uint32_t rows_per_expert() const { return a.group.num_ranks * a.group.max_tokens; }
+  __device__ __forceinline__ uint32_t rows_per_expert() const {
+    return a.group.num_ranks * a.group.max_tokens;
+  }
   __device__ __forceinline__ uint32_t ring_index(uint64_t epoch) const {
     return static_cast<uint32_t>(epoch) & (a.layout.ring - 1);
   }
   // Where `source`'s part of this epoch's counts and rows stands in the buffer at `base`.
-  __device__ __forceinline__ uint64_t counts_at(uint64_t base, uint32_t source, uint64_t epoch) const {
+  __device__ __forceinline__ uint64_t counts_at(uint64_t base, uint32_t source,
+                                                uint64_t epoch) const {
     return base + a.layout.counts + ring_index(epoch) * a.layout.counts_ring_stride +
            source * a.layout.counts_source_stride;
   }
-  __device__ __forceinline__ uint64_t rows_at(uint64_t base, uint32_t source, uint64_t epoch) const {
+  __device__ __forceinline__ uint64_t rows_at(uint64_t base, uint32_t source,
+                                              uint64_t epoch) const {
     return base + a.layout.rows + ring_index(epoch) * a.layout.rows_ring_stride +
            source * a.layout.rows_source_stride;
   }
@@ -172,7 +184,8 @@ struct EntryLane {
   uint32_t token;  // of the tokens that the warp looks at
   uint32_t k;
   __device__ __forceinline__ explicit EntryLane(uint32_t top_k)
-      : width(power_of_two(top_k)), token((threadIdx.x % 32) / width), k((threadIdx.x % 32) % width) {}
+      : width(power_of_two(top_k)), token((threadIdx.x % 32) / width),
+        k((threadIdx.x % 32) % width) {}
   __device__ __forceinline__ uint32_t tokens_per_warp() const { return 32 / width; }
 };
 
@@ -187,8 +200,8 @@ struct Entry {
   __device__ __forceinline__ bool valid() const { return kind == kValid; }
 };
 
-// Looks at the entries of all lanes of the warp; lanes without one pass -1. The lanes of a token are
-// compared one by one: `match` instructions take longer the more values differ.
+// Looks at the entries of all lanes of the warp; lanes without one pass -1. The lanes of a token
+// are compared one by one: `match` instructions take longer the more values differ.
 template <class P>
 __device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, int64_t id) {
   const bool in_range = id >= 0 && id < static_cast<int64_t>(p.a.group.num_experts);
@@ -212,17 +225,21 @@ __device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, int64_
   return entry;
 }
 
-// The entry that a sending thread looks at when the warps' tokens begin at `base`; -1 if it has none.
+// The entry that a sending thread looks at when the warps' tokens begin at `base`; -1 if it has
+// none.
 template <class P>
-__device__ __forceinline__ int64_t load_entry(const P& p, const EntryLane& e, uint32_t base, uint32_t to) {
+__device__ __forceinline__ int64_t load_entry(const P& p, const EntryLane& e, uint32_t base,
+                                              uint32_t to) {
   const uint32_t t = base + threadIdx.x / 32 * e.tokens_per_warp() + e.token;
   const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
   return t < to && e.k < p.a.handle.top_k ? ids[uint64_t{t} * p.a.handle.top_k + e.k] : -1;
 }
 
-// Adds the entries of tokens [0, to) to the running counts; `first` is load_entry at 0. All senders.
+// Adds the entries of tokens [0, to) to the running counts; `first` is load_entry at 0. All
+// senders.
 template <class P>
-__device__ __forceinline__ void count_entries(const P& p, const Shared& s, const EntryLane& e, int64_t first, uint32_t to) {
+__device__ __forceinline__ void count_entries(const P& p, const Shared& s, const EntryLane& e,
+                                              int64_t first, uint32_t to) {
   const uint32_t step = kSenderWarps * e.tokens_per_warp();
   int64_t next = first;
 #pragma unroll 1
@@ -239,12 +256,15 @@ __device__ __forceinline__ void count_entries(const P& p, const Shared& s, const
 
 __device__ __forceinline__ void clear_counts(const Shared& s, const ep_group& g) {
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_ranks; i += kSenders) shared_at<uint32_t>(s.rank_rows)[i] = 0;
+  for (uint32_t i = threadIdx.x; i < g.num_ranks; i += kSenders)
+    shared_at<uint32_t>(s.rank_rows)[i] = 0;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_experts; i += kSenders) shared_at<uint32_t>(s.expert_rows)[i] = 0;
+  for (uint32_t i = threadIdx.x; i < g.num_experts; i += kSenders)
+    shared_at<uint32_t>(s.expert_rows)[i] = 0;
 }
 
-// Tells every rank how many rows it gets, and how many of them go to each of its experts. All senders.
+// Tells every rank how many rows it gets, and how many of them go to each of its experts. All
+// senders.
 template <class P>
 __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
@@ -255,24 +275,27 @@ __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_
     const uint32_t at = i - rank * per_rank.value;
     const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
     if (partner == 0) continue;
-    const uint32_t value = at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank]
-                                   : shared_at<uint32_t>(s.expert_rows)[rank * p.plan.local_experts.value + at - 1];
-    arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(p.counts_at(partner, g.rank, epoch)) + at, packet(value, epoch));
+    const uint32_t value =
+        at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank]
+                : shared_at<uint32_t>(s.expert_rows)[rank * p.plan.local_experts.value + at - 1];
+    arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(p.counts_at(partner, g.rank, epoch)) + at,
+                             packet(value, epoch));
   }
 }
 
-// Routes one token: slots, positions, header and destinations, left at `place` of the batches. One warp;
-// a lane has an
-// entry. Of the blocks that share a token, one `writes` what this rank keeps.
+// Routes one token: slots, positions, header and destinations, left at `place` of the batches. One
+// warp; a lane has an entry. Of the blocks that share a token, one `writes` what this rank keeps.
 template <class P>
-__device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_t epoch, uint32_t token, uint32_t place,
-                                            bool writes, int64_t id, float weight) {
+__device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_t epoch,
+                                            uint32_t token, uint32_t place, bool writes, int64_t id,
+                                            float weight) {
   const ep_group& g = p.a.group;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
   const Entry entry = classify(p, EntryLane(32), id);
   if (writes && (entry.kind == kOutOfRange || entry.kind == kRepeated)) [[unlikely]]
-    record_fault(g, kDispatchSend, epoch, entry.kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
+    record_fault(g, kDispatchSend, epoch,
+                 entry.kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
                  EP_PHASE_SEND, g.rank, token, id);
   const bool valid = entry.valid();
   const uint32_t owner = valid ? entry.owner : 0;
@@ -287,7 +310,8 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_
   uint32_t position = 0;
   if (valid) position = shared_at<uint32_t>(s.expert_rows)[entry.expert]++;
   if (leads && !reachable && peer_base(g, owner) == 0) [[unlikely]]
-    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token, 0);
+    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token,
+                      0);
 
   // Destinations in the order of ranks after this one, so that at any time ranks send to different
   // ones; the header's entries in top-k order.
@@ -300,10 +324,12 @@ __device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_
     index += other < turn;
   }
   const uint32_t max_destinations = Shared::max_destinations(g, top_k);
-  uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + index) * (1 + top_k);
+  uint64_t* header =
+      shared_at<uint64_t>(s.header) + (place * max_destinations + index) * (1 + top_k);
   if (reachable) {
     const uint32_t at = __popc(same & ((1u << lane) - 1));
-    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 | (entry.expert - owner * p.plan.local_experts.value);
+    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 |
+                     (entry.expert - owner * p.plan.local_experts.value);
     if (leads) {
       header[0] = uint64_t{static_cast<uint32_t>(__popc(same))} << 32 | token;
       shared_at<uint64_t>(s.row_base)[place * max_destinations + index] =
@@ -345,7 +371,8 @@ struct Group16 {
 
 template <class P>
 __device__ __forceinline__ Group16 load_group(const P& p, uint32_t token, uint32_t group) {
-  const uint8_t* x = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2 + 32 * group;
+  const uint8_t* x =
+      reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2 + 32 * group;
   if (group >= p.hidden() / 16) return {};
   return {arch::ld_stream_v4(x), arch::ld_stream_v4(x + 16)};
 }
@@ -353,7 +380,8 @@ __device__ __forceinline__ Group16 load_group(const P& p, uint32_t token, uint32
 // Quantises a token into shared memory. A sender has 16 channels at a time, eight share a scale;
 // `first` is load_group of the thread's first group.
 template <class P>
-__device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 first, uint8_t* body, uint32_t* scales) {
+__device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 first, uint8_t* body,
+                                         uint32_t* scales) {
   const uint32_t groups = p.hidden() / 16;
   const bool pow2 = (p.a.flags & EP_DISPATCH_POW2) != 0;
   for (uint32_t base = 0; base < groups; base += kSenders) {
@@ -382,7 +410,8 @@ __device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 fir
       reinterpret_cast<uint4*>(body)[i] = {q[0], q[1], q[2], q[3]};
       if (i % 8 == 0) {
         if (p.ue8m0())
-          reinterpret_cast<uint8_t*>(scales)[i / 8] = static_cast<uint8_t>(__float_as_uint(scale.inverse) >> 23);
+          reinterpret_cast<uint8_t*>(scales)[i / 8] =
+              static_cast<uint8_t>(__float_as_uint(scale.inverse) >> 23);
         else
           scales[i / 8] = __float_as_uint(scale.inverse);
       }
@@ -392,8 +421,9 @@ __device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 fir
 
 // The piece of a line that this lane carries, from the token's row.
 template <bool FP8, class P>
-__device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, const uint8_t* body, const uint32_t* scales,
-                                          uint32_t line, const LaneInLine& lane, uint64_t epoch) {
+__device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, const uint8_t* body,
+                                          const uint32_t* scales, uint32_t line,
+                                          const LaneInLine& lane, uint64_t epoch) {
   if (!lane.last()) {
     const uint32_t unit = 7 * line + lane.piece;
     if (unit >= shape.whole()) return {};
@@ -410,7 +440,8 @@ __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, con
   return seal(data, epoch);
 }
 
-// What a block sends: tokens [from, to), and of their destinations every `stride`th from `first` on.
+// What a block sends: tokens [from, to), and of their destinations every `stride`th from `first`
+// on.
 struct Chunk {
   uint32_t from;
   uint32_t to;
@@ -429,8 +460,9 @@ struct Chunk {
 
 // Stores the routed token at `place` to the chunk's destinations. All senders.
 template <bool FP8, class P>
-__device__ __forceinline__ void send_token(const P& p, const Shared& s, const Chunk& chunk, uint32_t place,
-                                           const uint8_t* body, const uint32_t* scales, uint64_t epoch) {
+__device__ __forceinline__ void send_token(const P& p, const Shared& s, const Chunk& chunk,
+                                           uint32_t place, const uint8_t* body,
+                                           const uint32_t* scales, uint64_t epoch) {
   const uint32_t warp = threadIdx.x / 32;
   const LaneInLine lane;
   const uint32_t top_k = p.a.handle.top_k;
@@ -443,8 +475,10 @@ __device__ __forceinline__ void send_token(const P& p, const Shared& s, const Ch
   const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
 
 #pragma unroll 1
-  for (uint32_t d = chunk.first + warp * chunk.stride; d < destinations; d += kSenderWarps * chunk.stride) {
-    const uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
+  for (uint32_t d = chunk.first + warp * chunk.stride; d < destinations;
+       d += kSenderWarps * chunk.stride) {
+    const uint64_t* header =
+        shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
     const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
     if (lane.line < header_lines) {
       const uint32_t unit = lane.line * 15 + lane.piece * 2;
@@ -452,7 +486,8 @@ __device__ __forceinline__ void send_token(const P& p, const Shared& s, const Ch
       const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
       const uint2 first = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
       const uint4 piece = lane.last() ? seal(first, epoch)
-                                      : uint4{first.x, first.y, static_cast<uint32_t>(hi), static_cast<uint32_t>(hi >> 32)};
+                                      : uint4{first.x, first.y, static_cast<uint32_t>(hi),
+                                              static_cast<uint32_t>(hi >> 32)};
       arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, piece);
     }
   }
@@ -463,7 +498,8 @@ __device__ __forceinline__ void send_token(const P& p, const Shared& s, const Ch
     const uint4 piece = piece_of<FP8>(p, shape, body, scales, line, lane, epoch);
 #pragma unroll 1
     for (uint32_t d = chunk.first; d < destinations; d += chunk.stride)
-      arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + (header_lines + base) * kLine + offset, piece);
+      arch::st_relaxed_sys_v4(
+          reinterpret_cast<uint8_t*>(row_base[d]) + (header_lines + base) * kLine + offset, piece);
   }
 }
 
@@ -501,7 +537,8 @@ __device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, 
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t parity = i / kBatch % 2;
-    const uint8_t* body = reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{chunk.from + i} * p.hidden() * 2;
+    const uint8_t* body =
+        reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{chunk.from + i} * p.hidden() * 2;
     uint32_t* scales = nullptr;
     if (FP8) {
       // Two buffers: while some warps still send one token, others quantise the next.
@@ -549,16 +586,18 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, Meet meet) {
     const float this_weight = weight;
     load(chunk.from + i + 1);
     if (i % kBatch == 0 && batch >= 2) arch::bar_sync(kFreeBarrier + batch % 2, kSendersAndRouter);
-    route_token(p, s, epoch, chunk.from + i, batch % 2 * kBatch + i % kBatch, chunk.first == 0, this_id, this_weight);
+    route_token(p, s, epoch, chunk.from + i, batch % 2 * kBatch + i % kBatch, chunk.first == 0,
+                this_id, this_weight);
     if (i % kBatch == kBatch - 1 || i + 1 == chunk.size())
       arch::bar_arrive(kRoutedBarrier + batch % 2, kSendersAndRouter);
   }
 }
 
-// One packet of a source's counts when the operation's time is over, or another block's is; 0 if the
-// source is given up.
+// One packet of a source's counts when the operation's time is over, or another block's is; 0 if
+// the source is given up.
 template <class P>
-__device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source, const uint64_t* from) {
+__device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source,
+                                                   const uint64_t* from) {
   const ep_group& g = p.a.group;
   if (!decide_present(g, kDispatchRecv, epoch, source, from)) {
     report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
@@ -589,7 +628,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     for (uint32_t j = 0; j < kInFlight; ++j) {
       const uint32_t i = base + kReaders * j;
       const uint32_t source = per_source.quotient(i);
-      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + (i - source * per_source.value);
+      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) +
+                (i - source * per_source.value);
       if (i < packets && partners[source] != 0) missing |= 1u << j;
     }
     const uint32_t expected = missing;
@@ -610,7 +650,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
           missing &= ~(1u << j);
         }
       }
-      doubt = !is_open(verdict, epoch) || (missing != 0 && patience.expired(g, kDispatchRecv, epoch));
+      doubt =
+          !is_open(verdict, epoch) || (missing != 0 && patience.expired(g, kDispatchRecv, epoch));
     }
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
@@ -618,7 +659,9 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       const uint32_t source = per_source.quotient(i);
       const uint32_t at = i - source * per_source.value;
       // No source can send more; a wrong value must not lead out of the output.
-      if (i < packets) (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = min(value[j], g.max_tokens);
+      if (i < packets)
+        (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) =
+            min(value[j], g.max_tokens);
     }
     if (doubt) [[unlikely]] {
 #pragma unroll 1
@@ -664,7 +707,8 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders)
     count[l] = static_cast<int32_t>(begin[l * (g.num_ranks + 1) + g.num_ranks]);
 #pragma unroll 1
-  for (uint32_t r = thread; r < g.num_ranks; r += kReaders) recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
+  for (uint32_t r = thread; r < g.num_ranks; r += kReaders)
+    recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
 }
 
 // Whether the readers are done.
@@ -675,16 +719,19 @@ __device__ __forceinline__ bool placeable(const Shared& s) {
 // Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
 // polled before it is known whether the source sends such a row at all.
 template <uint32_t H, bool FP8>
-__device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Shared& s, uint64_t epoch, uint32_t source,
-                                           uint32_t slot, uint32_t first_line) {
+__device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Shared& s,
+                                           uint64_t epoch, uint32_t source, uint32_t slot,
+                                           uint32_t first_line) {
   const ep_group& g = p.a.group;
   const LaneInLine lane;
   const RowShape shape = p.row();
   const uint32_t lines = shape.lines();
   const uint32_t header_lines = p.a.layout.header_lines;
   const uint32_t offset = lane.line * kLine + lane.piece * 16;
-  const uint8_t* row = reinterpret_cast<const uint8_t*>(p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
-                                                        slot * p.a.layout.row_stride) + offset;
+  const uint8_t* row = reinterpret_cast<const uint8_t*>(
+                           p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
+                           slot * p.a.layout.row_stride) +
+                       offset;
   bool certain = placeable(s);
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
@@ -692,8 +739,9 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   // stored last: many warps wait here, and what they read while they wait, others cannot.
   const uint32_t unit_lines = min(lines - first_line, kUnitLines);
   const uint8_t* watched = reinterpret_cast<const uint8_t*>(
-      p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) + slot * p.a.layout.row_stride +
-      (header_lines + first_line + unit_lines - 1) * kLine + kLine - sizeof(uint64_t));
+      p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
+      slot * p.a.layout.row_stride + (header_lines + first_line + unit_lines - 1) * kLine + kLine -
+      sizeof(uint64_t));
   uint4 header = {};
   uint4 data[kLoads] = {};
   Patience patience;
@@ -704,7 +752,8 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i) {
       const uint32_t line = i * kLinesPerWarp;
-      if (line + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(row + (header_lines + first_line + line) * kLine);
+      if (line + lane.line < unit_lines)
+        data[i] = arch::ld_relaxed_sys_v4(row + (header_lines + first_line + line) * kLine);
     }
     bool mine = lane.line >= header_lines || sealed(header, epoch);
 #pragma unroll
@@ -767,15 +816,19 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   // Where this lane's pieces stand in a row: load i is `step` bytes after load i - 1.
   const uint32_t line = first_line + lane.line;
   const uint32_t body_bytes = 16 * shape.body;
-  const uint32_t start = lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
+  const uint32_t start =
+      lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
   const uint32_t end = lane.last() ? body_bytes : 16 * shape.whole();
   for (; rest != 0; rest &= rest - 1) {
     const int e = __ffs(rest) - 1;
-    uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) + uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes() + static_cast<int32_t>(start);
+    uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) +
+                   uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes() +
+                   static_cast<int32_t>(start);
     if (!lane.last()) {
 #pragma unroll
       for (uint32_t i = 0; i < kLoads; ++i)
-        if (start + i * (kLinesPerWarp * 7 * 16) < end) *reinterpret_cast<uint4*>(out + i * (kLinesPerWarp * 7 * 16)) = data[i];
+        if (start + i * (kLinesPerWarp * 7 * 16) < end)
+          *reinterpret_cast<uint4*>(out + i * (kLinesPerWarp * 7 * 16)) = data[i];
     } else {
 #pragma unroll
       for (uint32_t i = 0; i < kLoads; ++i)
@@ -783,13 +836,17 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
           *reinterpret_cast<uint2*>(out + i * (kLinesPerWarp * 8)) = {data[i].x, data[i].y};
     }
     if (FP8 && first_line < shape.scales) {
-      const uint64_t row_scales = p.a.recv_scales + 4 * (uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words() + 2 * line} * p.rows_per_expert() +
-                                                         __shfl_sync(~0u, in_expert, e));
+      const uint64_t row_scales =
+          p.a.recv_scales +
+          4 * (uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words() + 2 * line} *
+                   p.rows_per_expert() +
+               __shfl_sync(~0u, in_expert, e));
       if (lane.last()) {
 #pragma unroll
         for (uint32_t i = 0; i < kLoads; ++i) {
           const uint32_t word = 2 * (line + i * kLinesPerWarp);
-          uint32_t* scales = reinterpret_cast<uint32_t*>(row_scales) + uint64_t{i * 2 * kLinesPerWarp} * p.rows_per_expert();
+          uint32_t* scales = reinterpret_cast<uint32_t*>(row_scales) +
+                             uint64_t{i * 2 * kLinesPerWarp} * p.rows_per_expert();
           if (word < p.scale_words()) scales[0] = data[i].x;
           if (word + 1 < p.scale_words()) scales[p.rows_per_expert()] = data[i].y;
         }
@@ -798,8 +855,8 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   }
 }
 
-// The placers' task. Sources take turns, because their rows arrive at the same time. Neighbouring units
-// go to different blocks, so that few rows already use every multiprocessor.
+// The placers' task. Sources take turns, because their rows arrive at the same time. Neighbouring
+// units go to different blocks, so that few rows already use every multiprocessor.
 template <class P>
 __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
@@ -812,7 +869,8 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
     if (!certain && (certain = __all_sync(~0u, placeable(s)))) {
       uint32_t most = 0;
 #pragma unroll 1
-      for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, shared_at<uint32_t>(s.source_rows)[r]);
+      for (uint32_t r = 0; r < g.num_ranks; ++r)
+        most = max(most, shared_at<uint32_t>(s.source_rows)[r]);
       rows = most * g.num_ranks;
     }
     if (row >= rows) break;
@@ -823,7 +881,8 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
 }
 
 template <uint32_t H, bool FP8>
-__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ ep_dispatch_args args, const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1)
+    dispatch(const __grid_constant__ ep_dispatch_args args, const __grid_constant__ Plan plan) {
   const Problem<H, FP8> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);
@@ -840,7 +899,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     if (lane == 0) epoch = epoch_of(control, kDispatchSend);
     if (lane == 1) epoch = epoch_of(control, kDispatchRecv);
 #pragma unroll 1
-    for (uint32_t r = lane; r < g.num_ranks; r += 32) shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
+    for (uint32_t r = lane; r < g.num_ranks; r += 32)
+      shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
     if (lane == 0) fixed->send_epoch = epoch;
     if (lane == 1) fixed->recv_epoch = epoch;
     if (lane == 2) arch::mbarrier_init(&fixed->placeable, kReaders);
@@ -871,9 +931,9 @@ using DispatchKernel = void(const ep_dispatch_args, const Plan);
 template <bool FP8>
 DispatchKernel* kernel_for(uint32_t hidden) {
   switch (hidden) {
-    case 3584: return dispatch<3584, FP8>;
-    case 7168: return dispatch<7168, FP8>;
-    default: return dispatch<0, FP8>;
+  case 3584: return dispatch<3584, FP8>;
+  case 7168: return dispatch<7168, FP8>;
+  default: return dispatch<0, FP8>;
   }
 }
 
@@ -884,9 +944,13 @@ bool is_sound(const ep_dispatch_args& a) {
   if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 || !group_is_sound(a.group) ||
       !handle_is_sound(a.handle, a.group, a.layout))
     return false;
-  if ((a.flags & EP_DISPATCH_SEND) != 0 && a.handle.num_tokens != 0 && (a.x == 0 || a.topk_idx == 0)) return false;
-  if ((a.flags & EP_DISPATCH_WEIGHTS) != 0 && a.handle.num_tokens != 0 && a.topk_weights == 0) return false;
-  if ((a.flags & ~kFlags) != 0 || ((a.flags & EP_DISPATCH_UE8M0) != 0 && (a.flags & EP_DISPATCH_POW2) == 0) ||
+  if ((a.flags & EP_DISPATCH_SEND) != 0 && a.handle.num_tokens != 0 &&
+      (a.x == 0 || a.topk_idx == 0))
+    return false;
+  if ((a.flags & EP_DISPATCH_WEIGHTS) != 0 && a.handle.num_tokens != 0 && a.topk_weights == 0)
+    return false;
+  if ((a.flags & ~kFlags) != 0 ||
+      ((a.flags & EP_DISPATCH_UE8M0) != 0 && (a.flags & EP_DISPATCH_POW2) == 0) ||
       ((a.flags & EP_DISPATCH_POW2) != 0 && (a.flags & EP_DISPATCH_FP8) == 0))
     return false;
   return (a.flags & EP_DISPATCH_RECV) == 0 ||
@@ -898,17 +962,19 @@ bool is_sound(const ep_dispatch_args& a) {
 }  // namespace ep
 
 cudaError_t ep::load_dispatch() {
-  return load(dispatch<3584, false>, dispatch<3584, true>, dispatch<7168, false>, dispatch<7168, true>,
-              dispatch<0, false>, dispatch<0, true>);
+  return load(dispatch<3584, false>, dispatch<3584, true>, dispatch<7168, false>,
+              dispatch<7168, true>, dispatch<0, false>, dispatch<0, true>);
 }
 
-extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream, int32_t* cuda_error) {
+extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream,
+                                      int32_t* cuda_error) {
   using namespace ep;
   if (args == nullptr || !is_sound(*args)) return EP_LAUNCH_BAD_ARGS;
   const DeviceGuard device(args->group.device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
   const bool fp8 = (args->flags & EP_DISPATCH_FP8) != 0;
-  DispatchKernel* kernel = fp8 ? kernel_for<true>(args->group.hidden) : kernel_for<false>(args->group.hidden);
+  DispatchKernel* kernel =
+      fp8 ? kernel_for<true>(args->group.hidden) : kernel_for<false>(args->group.hidden);
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
   if (e != cudaSuccess) return status_of(e, cuda_error);

@@ -11,11 +11,13 @@ namespace {
 
 constexpr uint32_t kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) dequantize(const __grid_constant__ ep_dequantize_args args) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize(const __grid_constant__ ep_dequantize_args args) {
   const uint32_t row = blockIdx.x;
   const uint16_t* x = reinterpret_cast<const uint16_t*>(args.x) + uint64_t{row} * args.hidden / 2;
   const float* scales = reinterpret_cast<const float*>(args.scales) + row;
-  __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(args.out) + uint64_t{row} * args.hidden / 2;
+  __nv_bfloat162* out =
+      reinterpret_cast<__nv_bfloat162*>(args.out) + uint64_t{row} * args.hidden / 2;
   for (uint32_t i = threadIdx.x; i < args.hidden / 2; i += kThreads) {
     const uint32_t halves = arch::cvt_f16x2_e4m3x2(x[i]);
     const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&halves));
@@ -25,8 +27,10 @@ __global__ void __launch_bounds__(kThreads) dequantize(const __grid_constant__ e
 }
 
 __global__ void __launch_bounds__(kThreads) swiglu(const __grid_constant__ ep_swiglu_args args) {
-  const __nv_bfloat16* gate = reinterpret_cast<const __nv_bfloat16*>(args.gate_up) + uint64_t{blockIdx.x} * 2 * args.intermediate;
-  __nv_bfloat16* out = reinterpret_cast<__nv_bfloat16*>(args.out) + uint64_t{blockIdx.x} * args.intermediate;
+  const __nv_bfloat16* gate = reinterpret_cast<const __nv_bfloat16*>(args.gate_up) +
+                              uint64_t{blockIdx.x} * 2 * args.intermediate;
+  __nv_bfloat16* out =
+      reinterpret_cast<__nv_bfloat16*>(args.out) + uint64_t{blockIdx.x} * args.intermediate;
   for (uint32_t i = threadIdx.x; i < args.intermediate; i += kThreads) {
     const float g = __bfloat162float(gate[i]);
     const float u = __bfloat162float(gate[args.intermediate + i]);
@@ -39,9 +43,12 @@ __global__ void __launch_bounds__(kThreads) swiglu(const __grid_constant__ ep_sw
 
 cudaError_t ep::load_experts() { return load(dequantize, swiglu); }
 
-extern "C" int32_t ep_dequantize_launch(const ep_dequantize_args* args, void* stream, int32_t* cuda_error) {
+extern "C" int32_t ep_dequantize_launch(const ep_dequantize_args* args, void* stream,
+                                        int32_t* cuda_error) {
   using namespace ep;
-  if (args == nullptr || args->struct_size != sizeof(*args) || args->hidden % EP_HIDDEN_MULTIPLE != 0) return EP_LAUNCH_BAD_ARGS;
+  if (args == nullptr || args->struct_size != sizeof(*args) ||
+      args->hidden % EP_HIDDEN_MULTIPLE != 0)
+    return EP_LAUNCH_BAD_ARGS;
   if (args->rows == 0) return EP_LAUNCH_OK;
   const DeviceGuard device(args->device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);

@@ -20,8 +20,8 @@ struct PartState {
 // Behind the participation table, at a multiple of 128 bytes. Then, per part and peer, one verdict.
 struct ControlFixed {
   PartState part[kParts];
-  uint64_t faults;              // records written so far
-  uint64_t any_verdict[kParts]; // epoch << 2 of the last operation in which a peer was closed
+  uint64_t faults;               // records written so far
+  uint64_t any_verdict[kParts];  // epoch << 2 of the last operation in which a peer was closed
 };
 static_assert(sizeof(ControlFixed) <= EP_CONTROL_FIXED_BYTES - 128);
 
@@ -47,22 +47,25 @@ struct Control {
     return reinterpret_cast<uint64_t*>(fixed() + 1) + p * ranks + rank;
   }
   // One word to look at beside the data: whether any peer is closed in this operation.
-  __device__ __forceinline__ uint64_t* any_verdict(Part p) const { return &fixed()->any_verdict[p]; }
+  __device__ __forceinline__ uint64_t* any_verdict(Part p) const {
+    return &fixed()->any_verdict[p];
+  }
   // The last epoch in which a fault of a peer was recorded, so that it is recorded once.
   __device__ __forceinline__ uint64_t* reported(Part p, uint32_t rank) const {
     return reinterpret_cast<uint64_t*>(fixed() + 1) + (kParts + p) * ranks + rank;
   }
 };
-static_assert(2 * kParts * sizeof(uint64_t) + sizeof(uint32_t) <= 128, "per rank in EP_CONTROL_BYTES");
+static_assert(2 * kParts * sizeof(uint64_t) + sizeof(uint32_t) <= 128,
+              "per rank in EP_CONTROL_BYTES");
 
 // This operation's epoch.
 __device__ __forceinline__ uint64_t epoch_of(const Control& control, Part p) {
   return arch::ld_relaxed_gpu_u64(&control.part(p)->epoch) + 1;
 }
 
-// Ends the operation's claim on its epoch. Called once by every block after it has read the epoch and
-// off the path of its data; the last block advances the epoch for the next operation, which the stream
-// starts after this one.
+// Ends the operation's claim on its epoch. Called once by every block after it has read the epoch
+// and off the path of its data; the last block advances the epoch for the next operation, which the
+// stream starts after this one.
 __device__ __forceinline__ void advance(const Control& control, Part p, uint64_t epoch) {
   PartState* s = control.part(p);
   if (arch::atom_add_acq_rel_gpu_u32(&s->arrived, 1) == gridDim.x - 1) {
@@ -76,8 +79,9 @@ __device__ __forceinline__ uint32_t op_of(Part p) {
   return p <= kDispatchRecv ? EP_OP_DISPATCH : p <= kCombineRecv ? EP_OP_COMBINE : EP_OP_BARRIER;
 }
 
-__device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t epoch, uint32_t fault, uint32_t phase,
-                                          uint32_t peer, uint64_t token, int64_t value) {
+__device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t epoch,
+                                             uint32_t fault, uint32_t phase, uint32_t peer,
+                                             uint64_t token, int64_t value) {
   const Control control(g);
   const uint64_t n = arch::atom_add_relaxed_gpu_u64(&control.fixed()->faults, 1);
   ep_fault* f = reinterpret_cast<ep_fault*>(g.faults) + n % EP_FAULT_RING;
@@ -94,8 +98,9 @@ __device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t
 }
 
 // At most one record of this peer in this part of this operation.
-__device__ __forceinline__ void record_peer_fault(const ep_group& g, Part p, uint64_t epoch, uint32_t fault,
-                                               uint32_t phase, uint32_t peer, uint64_t token, int64_t value) {
+__device__ __forceinline__ void record_peer_fault(const ep_group& g, Part p, uint64_t epoch,
+                                                  uint32_t fault, uint32_t phase, uint32_t peer,
+                                                  uint64_t token, int64_t value) {
   const Control control(g);
   if (arch::atom_max_relaxed_gpu_u64(control.reported(p, peer), epoch) < epoch)
     record_fault(g, p, epoch, fault, phase, peer, token, value);
@@ -106,13 +111,14 @@ __device__ __forceinline__ uint64_t peer_base(const ep_group& g, uint32_t rank) 
 }
 
 // Base of a rank's symmetric buffer if this rank exchanges with it in this operation, else 0.
-__device__ __forceinline__ uint64_t partner_base(const ep_group& g, const Control& control, uint32_t rank) {
+__device__ __forceinline__ uint64_t partner_base(const ep_group& g, const Control& control,
+                                                 uint32_t rank) {
   const uint64_t base = peer_base(g, rank);
   return control.active(rank) != 0 ? base : 0;
 }
 
-// Nanoseconds since the first slow wait of this part of this operation. All blocks share that start,
-// so that they give up at the same moment.
+// Nanoseconds since the first slow wait of this part of this operation. All blocks share that
+// start, so that they give up at the same moment.
 __device__ __forceinline__ uint64_t waited_ns(const ep_group& g, Part p, uint64_t epoch) {
   uint64_t* slot = &Control(g).part(p)->start[epoch & 1];
   const uint64_t now = arch::globaltimer_ns() | 1;
@@ -124,33 +130,38 @@ __device__ __forceinline__ uint64_t waited_ns(const ep_group& g, Part p, uint64_
   return now > start ? now - start : 0;
 }
 
-__device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64_t epoch, uint32_t phase, uint32_t peer) {
-  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, 0, static_cast<int64_t>(waited_ns(g, p, epoch)));
+__device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64_t epoch,
+                                               uint32_t phase, uint32_t peer) {
+  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, 0,
+                    static_cast<int64_t>(waited_ns(g, p, epoch)));
 }
 
 // Counts vain polls of one wait; looks at the clock only now and then, and not at all at first.
 class Patience {
- public:
+public:
   // Call after each vain poll. True once the operation's time is over.
   __device__ __forceinline__ bool expired(const ep_group& g, Part p, uint64_t epoch) {
-    if (--polls_ != 0) [[likely]] return false;
+    if (--polls_ != 0) [[likely]]
+      return false;
     polls_ = 64;
     return waited_ns(g, p, epoch) >= g.timeout_ns;
   }
 
- private:
+private:
   uint32_t polls_ = 4096;
 };
 
 // Whether blocks may take what a peer sent at face value, by a verdict word read beside the data.
-__device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) { return verdict >> 2 != epoch; }
+__device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) {
+  return verdict >> 2 != epoch;
+}
 
 // All blocks must agree on whether a peer's counts came, because they place rows by them. A block
 // whose time is over first closes the peer: from then on no block accepts the counts by itself.
 // After a grace in which loads under way finish, it looks once more, and the first to say decides.
 // `packet` is one packet of the peer's counts.
-__device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch, uint32_t peer,
-                                            const uint64_t* packet) {
+__device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch,
+                                               uint32_t peer, const uint64_t* packet) {
   constexpr uint64_t kGraceNs = 50000;
   uint64_t* word = Control(g).verdict(p, peer);
   const uint64_t closing = epoch << 2 | kClosing;
@@ -164,7 +175,8 @@ __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64
   arch::fence_sc_gpu();
   const uint64_t until = arch::globaltimer_ns() + kGraceNs;
   while (arch::globaltimer_ns() < until) arch::sleep_ns(1000);
-  const bool here = static_cast<uint32_t>(arch::ld_acquire_sys_u64(packet) >> 32) == static_cast<uint32_t>(epoch);
+  const bool here =
+      static_cast<uint32_t>(arch::ld_acquire_sys_u64(packet) >> 32) == static_cast<uint32_t>(epoch);
   const uint64_t mine = epoch << 2 | (here ? kPresent : kGivenUp);
   const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, closing, mine);
   return ((old == closing ? mine : old) & 3) == kPresent;

@@ -2,11 +2,13 @@
 //
 // One store instruction of eight neighbouring lanes writes a whole line, and NVLink makes such a
 // line visible as a whole, so a reader that finds the epoch has the data too: no fence, no flag of
-// its own. A lane's 16-byte piece is data, but for the last, which is 8 bytes of data and the epoch.
+// its own. A lane's 16-byte piece is data, but for the last, which is 8 bytes of data and the
+// epoch.
 //
-// A row of 16-byte units (the body) and 8-byte units (what precedes the tail: scales) fills n lines:
-// piece p < 7 of line i carries body unit 7 i + p, so that bodies are copied 16 aligned bytes at a
-// time; the 8-byte pieces carry, in order, the scales and then the body units beyond 7 n, in halves.
+// A row of 16-byte units (the body) and 8-byte units (what precedes the tail: scales) fills n
+// lines: piece p < 7 of line i carries body unit 7 i + p, so that bodies are copied 16 aligned
+// bytes at a time; the 8-byte pieces carry, in order, the scales and then the body units beyond 7
+// n, in halves.
 #pragma once
 
 #include "arch/memory.cuh"
@@ -26,16 +28,21 @@ struct RowShape {
   uint32_t scales;
   __host__ __device__ constexpr uint32_t lines() const { return div_up(2 * body + scales, 15); }
   // Body units in the 16-byte pieces; the rest goes in halves.
-  __host__ __device__ constexpr uint32_t whole() const { return body < 7 * lines() ? body : 7 * lines(); }
+  __host__ __device__ constexpr uint32_t whole() const {
+    return body < 7 * lines() ? body : 7 * lines();
+  }
 };
 
 __host__ __device__ constexpr RowShape bf16_row(uint32_t hidden) { return {hidden / 8, 0}; }
-__host__ __device__ constexpr RowShape fp8_row(uint32_t hidden) { return {hidden / 16, div_up(hidden / 128, 2)}; }
+__host__ __device__ constexpr RowShape fp8_row(uint32_t hidden) {
+  return {hidden / 16, div_up(hidden / 128, 2)};
+}
 
 struct LaneInLine {
   uint32_t line;   // of the four that the warp handles at once
   uint32_t piece;  // 0..=7
-  __device__ __forceinline__ LaneInLine() : line((threadIdx.x % 32) / kLanesPerLine), piece(threadIdx.x % kLanesPerLine) {}
+  __device__ __forceinline__ LaneInLine()
+      : line((threadIdx.x % 32) / kLanesPerLine), piece(threadIdx.x % kLanesPerLine) {}
   __device__ __forceinline__ bool last() const { return piece == kLanesPerLine - 1; }
 };
 

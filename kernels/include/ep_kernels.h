@@ -1,11 +1,11 @@
 /* The contract of the dispatch and combine kernels, in plain C99.
  *
- * Device addresses are uint64_t and streams are opaque, so that the header needs no CUDA header and
- * the host implementation takes the very same structs. Rust bindings of this file are generated into
- * kernels/src/bindings.rs by `cargo xtask codegen`.
+ * Device addresses are uint64_t and streams are opaque, so that the header needs no CUDA header
+ * and the host implementation takes the very same structs. Rust bindings of this file are generated
+ * into kernels/src/bindings.rs by `cargo xtask codegen`.
  *
- * Shapes: R ranks, E experts, L = E / R local experts (rank r owns experts [r*L, (r+1)*L)), T tokens
- * of this rank (T <= max_tokens = M), H hidden, K top-k. Row-major unless said otherwise.
+ * Shapes: R ranks, E experts, L = E / R local experts (rank r owns experts [r*L, (r+1)*L)), T
+ * tokens of this rank (T <= max_tokens = M), H hidden, K top-k. Row-major unless said otherwise.
  */
 #ifndef EP_KERNELS_H
 #define EP_KERNELS_H
@@ -37,7 +37,8 @@ extern "C" {
 #define EP_DISPATCH_SEND 4u    /* send part */
 #define EP_DISPATCH_RECV 8u    /* receive part; both parts may be one launch */
 #define EP_DISPATCH_POW2 16u   /* with FP8: round scales up to powers of two */
-#define EP_DISPATCH_UE8M0 32u  /* with POW2: scales are stored as exponents, four packed in an int32 */
+#define EP_DISPATCH_UE8M0                                                                          \
+  32u /* with POW2: scales are stored as exponents, four packed in an int32 */
 
 /* Flags of ep_combine_args. */
 #define EP_COMBINE_WEIGHTS 1u /* topk_weights are given here, at the source */
@@ -52,10 +53,10 @@ extern "C" {
 
 /* What a fault record reports. */
 #define EP_FAULT_NONE 0u
-#define EP_FAULT_TIMEOUT 1u          /* value: nanoseconds waited */
-#define EP_FAULT_EXPERT_RANGE 2u     /* token, value: the expert id */
-#define EP_FAULT_EXPERT_REPEATED 3u  /* token, value: the expert id; counted once */
-#define EP_FAULT_UNREACHABLE 4u      /* token: one that goes to a peer whose table entry is null */
+#define EP_FAULT_TIMEOUT 1u         /* value: nanoseconds waited */
+#define EP_FAULT_EXPERT_RANGE 2u    /* token, value: the expert id */
+#define EP_FAULT_EXPERT_REPEATED 3u /* token, value: the expert id; counted once */
+#define EP_FAULT_UNREACHABLE 4u     /* token: one that goes to a peer whose table entry is null */
 
 #define EP_OP_DISPATCH 1u
 #define EP_OP_COMBINE 2u
@@ -92,14 +93,16 @@ typedef struct ep_fault {
 
 /* Where things lie in every rank's symmetric buffer (bytes from its base), the same on all ranks.
  *
- *   counts   [ring][R sources][L + 1]      8-byte packets {u32 value, u32 epoch}: rows for this rank,
- *                                          then tokens per local expert
+ *   counts   [ring][R sources][L + 1]      8-byte packets {u32 value, u32 epoch}: rows for this
+ *                                          rank, then tokens per local expert
  *   rows     [ring][R sources][M]          row_stride bytes: header lines, then payload lines
  *   weights  [slots][R sources][M]         weight_stride bytes of lines: weights given with combine
- *   partials [slots][R owners][M]          partial_stride bytes of lines: bf16 rows on their way back
+ *   partials [slots][R owners][M]          partial_stride bytes of lines: bf16 rows on their
+ *                                          way back
  *   barrier  [R sources]                   one 128-byte line each
  *
- * `ring` (a power of two) dispatches rotate by epoch; a slot is chosen by the host, one for each handle alive.
+ * `ring` (a power of two) dispatches rotate by epoch; a slot is chosen by the host, one for each
+ * handle alive.
  * Sources write only their own part of a region, so a late write can only meet its own writer's. */
 typedef struct ep_layout {
   uint64_t counts;
@@ -137,14 +140,14 @@ typedef struct ep_group {
   uint32_t max_tokens;
   uint32_t hidden;
   uint32_t max_top_k;
-  int32_t device;    /* ordinal in this process; ignored by the host implementation */
-  uint32_t num_sms;  /* cap on thread blocks; 0: as many as the device has */
+  int32_t device;   /* ordinal in this process; ignored by the host implementation */
+  uint32_t num_sms; /* cap on thread blocks; 0: as many as the device has */
 } ep_group;
 
 /* What a combine has to know of its dispatch: device memory of this rank, written by the dispatch.
  *   route      u32 [M, max_top_k]   entry k of token t: owner << 16 | slot at the owner, or ~0
- *   recv_map   u64 [R, M, 1 + max_top_k]  row (source, slot): {u32 token, u32 entries}, then per entry
- *              in top-k order {u32 row of recv_x, f32 weight}
+ *   recv_map   u64 [R, M, 1 + max_top_k]  row (source, slot): {u32 token, u32 entries}, then per
+ *              entry in top-k order {u32 row of recv_x, f32 weight}
  *   recv_rows  u32 [R]  rows received from each source; 0 for one that was given up
  */
 typedef struct ep_handle {
@@ -188,7 +191,8 @@ typedef struct ep_dispatch_args {
 
 /* Combine.
  *   y             bf16 [L, R*M, H]: expert outputs where recv_x had the inputs
- *   topk_weights  f32 [T, K] with EP_COMBINE_WEIGHTS, else 0: then the dispatch's, or 1 if it had none
+ *   topk_weights  f32 [T, K] with EP_COMBINE_WEIGHTS, else 0: then the dispatch's, or 1 if it had
+ *                 none
  *   out           bf16 [T, H]: sum over ranks, ascending, of bf16(sum over that rank's entries in
  *                 top-k order of weight * y, in float32), in float32, rounded once to bf16. A token
  *                 without experts gives zeros. A rank given up contributes nothing.
@@ -216,13 +220,13 @@ typedef struct ep_barrier_args {
 uint32_t ep_kernels_abi_version(void);
 
 /* Loads every kernel onto a device. CUDA otherwise loads a kernel at its first launch and waits for
- * the device to be idle first: for ever, if the device runs an operation that waits for a peer whose
- * launch is still to come. */
-int32_t ep_kernels_load(int32_t device, int32_t *cuda_error);
+ * the device to be idle first: for ever, if the device runs an operation that waits for a peer
+ * whose launch is still to come. */
+int32_t ep_kernels_load(int32_t device, int32_t* cuda_error);
 
-int32_t ep_dispatch_launch(const ep_dispatch_args *args, void *stream, int32_t *cuda_error);
-int32_t ep_combine_launch(const ep_combine_args *args, void *stream, int32_t *cuda_error);
-int32_t ep_barrier_launch(const ep_barrier_args *args, void *stream, int32_t *cuda_error);
+int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream, int32_t* cuda_error);
+int32_t ep_combine_launch(const ep_combine_args* args, void* stream, int32_t* cuda_error);
+int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream, int32_t* cuda_error);
 
 /* For the demo's experts, on device memory of [rows, ...]:
  * ep_dequantize_launch: E4M3 [rows, H] with scales of stride `scale_stride` between channel blocks
@@ -248,8 +252,8 @@ typedef struct ep_swiglu_args {
   uint32_t intermediate;
 } ep_swiglu_args;
 
-int32_t ep_dequantize_launch(const ep_dequantize_args *args, void *stream, int32_t *cuda_error);
-int32_t ep_swiglu_launch(const ep_swiglu_args *args, void *stream, int32_t *cuda_error);
+int32_t ep_dequantize_launch(const ep_dequantize_args* args, void* stream, int32_t* cuda_error);
+int32_t ep_swiglu_launch(const ep_swiglu_args* args, void* stream, int32_t* cuda_error);
 
 #ifdef __cplusplus
 }

@@ -11,23 +11,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Phase 0 completes after `count` arrivals. Other threads may use it after a barrier of the block.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
 }
 
 // Arrives; releases what this thread has written or seen to the threads of the block.
 __device__ __forceinline__ void mbarrier_arrive_release_cta(uint64_t* barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.release.cta.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(barrier))
-               : "memory");
+  asm volatile(
+      "{ .reg .b64 state; mbarrier.arrive.release.cta.shared::cta.b64 state, [%0]; }" ::"r"(
+          shared_address(barrier))
+      : "memory");
 }
 
 // Whether the phase of this parity is complete; if so, acquires what arriving threads released.
-__device__ __forceinline__ bool mbarrier_test_acquire_cta(const uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_test_acquire_cta(const uint64_t* barrier,
+                                                          uint32_t parity) {
   uint32_t complete;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(complete)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; "
+               "selp.u32 %0, 1, 0, p; }"
+               : "=r"(complete)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
   return complete != 0;
 }
 

@@ -90,13 +90,19 @@ __device__ __forceinline__ uint64_t atom_cas_acq_rel_gpu_u64(void* p, uint64_t e
 
 __device__ __forceinline__ uint64_t atom_max_relaxed_gpu_u64(void* p, uint64_t v) {
   uint64_t old;
-  asm volatile("atom.max.relaxed.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(v) : "memory");
+  asm volatile("atom.max.relaxed.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(p), "l"(v)
+               : "memory");
   return old;
 }
 
 __device__ __forceinline__ uint64_t atom_add_relaxed_gpu_u64(void* p, uint64_t v) {
   uint64_t old;
-  asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(v) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(p), "l"(v)
+               : "memory");
   return old;
 }
 
