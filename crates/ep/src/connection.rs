@@ -173,6 +173,10 @@ impl Ties {
         first
     }
 
+    pub(crate) fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
     /// Whether and how each rank reaches each, `[from][to]`.
     pub(crate) fn verdicts(&self) -> Vec<Vec<Result<Access, Reason>>> {
         let ranks = 0..self.peers.num_ranks();

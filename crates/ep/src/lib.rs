@@ -119,6 +119,6 @@ pub use ep_sys as driver;
 pub use error::{ArgumentError, Error, Rejected};
 pub use fault::{Fault, FaultKind, Operation, Phase, Status};
 pub use handle::Handle;
-pub use preflight::{Preflight, Problem, Report};
+pub use preflight::{Bandwidth, Preflight, Problem, Report};
 pub use stream::{Event, Stream};
 pub use tensor::{DType, Dims, Element, Tensor, TensorMut, TensorRef};

@@ -1,5 +1,7 @@
 //! Finding out what a group would use before it is used, and why.
 
+mod bandwidth;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +13,7 @@ use ep_kernels::{HostKernels, ffi};
 use ep_peers::{Access, Unreachable};
 use ep_sys::{DeviceOrdinal, Driver};
 
+pub use self::bandwidth::Bandwidth;
 use crate::connection::Ties;
 use crate::facts::{self, Hello};
 use crate::session::Session;
@@ -42,6 +45,7 @@ pub struct Preflight {
     comm: Communicator,
     choice: Option<Choice>,
     deadline: Option<Duration>,
+    bandwidth: bool,
 }
 
 impl Preflight {
@@ -53,6 +57,7 @@ impl Preflight {
             comm: comm.clone(),
             choice: None,
             deadline: None,
+            bandwidth: false,
         }
     }
 
@@ -66,6 +71,13 @@ impl Preflight {
     /// 60 s.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
+        self
+    }
+
+    /// Also times copies between all ranks that are connected; the same on every rank. Needs 64 MiB
+    /// of each device.
+    pub fn bandwidth(mut self) -> Self {
+        self.bandwidth = true;
         self
     }
 
@@ -97,7 +109,7 @@ impl Preflight {
             .collect::<Result<Vec<_>, _>>()?;
         facts::compare(rank, &hellos)?;
         let facts = hellos.into_iter().map(|hello| hello.facts).collect();
-        Report::new(&session, &self.device, facts)
+        Report::new(&session, &self.device, facts, self.bandwidth)
     }
 
     /// What this rank tells of itself. Without a choice it says that it cannot go on.
@@ -105,11 +117,17 @@ impl Preflight {
         let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
         let probe = probe(driver, ordinal, &ProbeOptions::default());
         let (rank, process) = (self.comm.rank(), self.device.process());
+        // None run, but ranks that take other steps must not go on together.
+        let kernels = if self.bandwidth {
+            "bandwidth"
+        } else {
+            "preflight"
+        };
         Hello {
             is_ready: choice.is_some(),
             // The least that there is: nothing of it is made.
             config: Config::new(128, self.comm.size(), 1, 1),
-            kernels: (String::from("any"), ffi::EP_KERNELS_ABI_VERSION),
+            kernels: (String::from(kernels), ffi::EP_KERNELS_ABI_VERSION),
             facts: RankFacts::new(rank, process, choice.unwrap_or_default(), &probe),
         }
     }
@@ -128,6 +146,8 @@ pub struct Report {
     pub plan: Result<Plan, Error>,
     /// The backend of the plan; without a plan the one that is forced, or that was tried last.
     pub backend: BackendKind,
+    /// How fast connected ranks copy to each other, if that was asked for and there is a plan.
+    pub bandwidth: Option<Bandwidth>,
     /// Who reached whom in the last attempt, `[from][to]`; empty if there was none.
     verdicts: Vec<Vec<Result<Access, ep_peers::Reason>>>,
 }
@@ -147,11 +167,19 @@ pub struct Problem {
 impl Report {
     /// Connects by the backend that the policy names, and if importing fails by the next that it
     /// names then, until no more is to be learned. Collective.
-    fn new(session: &Session, device: &Device, facts: Vec<RankFacts>) -> Result<Self, Error> {
+    fn new(
+        session: &Session,
+        device: &Device,
+        facts: Vec<RankFacts>,
+        with_bandwidth: bool,
+    ) -> Result<Self, Error> {
         let rank = session.rank();
         let mut imports = Vec::new();
         let mut tried = None;
         let mut verdicts = Vec::new();
+        let mut measured = None;
+        // The allocation rounds this up to a granule.
+        let bytes = if with_bandwidth { bandwidth::BYTES } else { 1 };
         let plan = loop {
             let plan = match ep_alloc::decide(&facts, &imports) {
                 Ok(plan) => plan,
@@ -161,15 +189,16 @@ impl Report {
                 break Ok(plan);
             }
             tried = Some(plan.backend);
-            // One byte: the allocation rounds it up to a granule.
-            let ties = match Ties::new(session, device, &facts, plan.backend, 1) {
+            let ties = match Ties::new(session, device, &facts, plan.backend, bytes) {
                 Ok(ties) => ties,
                 Err(error @ Error::Group { .. }) => return Err(error),
                 Err(error) => break Err(error),
             };
             verdicts = ties.verdicts();
             let gap = ties.learn(plan.backend, &mut imports);
+            let rates = with_bandwidth.then(|| bandwidth::measure(session, device, ties.peers()));
             ties.close(session)?;
+            measured = rates.transpose()?;
             if gap.is_none() {
                 break Ok(plan);
             }
@@ -183,10 +212,12 @@ impl Report {
             },
             Err(_) => tried.unwrap_or(BackendKind::Malloc),
         };
+        let is_planned = plan.is_ok();
         Ok(Self {
             facts,
             plan,
             backend,
+            bandwidth: measured.filter(|_| is_planned),
             verdicts,
         })
     }

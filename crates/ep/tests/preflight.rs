@@ -161,6 +161,44 @@ fn every_failing_call_shows_and_nothing_is_left() {
 }
 
 #[test]
+fn copies_are_timed_between_connected_ranks() {
+    let cluster = Cluster::hgx_h200_nodes(2, 2, 1);
+    let cluster =
+        cluster.map_nodes(|node| node.gpus.truncate(if node.name == "n0" { 2 } else { 1 }));
+    let drivers = drivers(&cluster);
+    let communicators = Communicator::threads(3);
+    let reports: Vec<Report> = thread::scope(|scope| {
+        let ranks: Vec<_> = communicators
+            .iter()
+            .zip(&drivers)
+            .map(|(communicator, driver)| {
+                let preflight = Preflight::new(driver.clone(), DeviceOrdinal(0), communicator);
+                let preflight = preflight.alloc(Choice::Auto).deadline(DEADLINE).bandwidth();
+                scope.spawn(|| preflight.run().unwrap())
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let bandwidth = reports[2].bandwidth.as_ref().unwrap();
+    for from in 0..3 {
+        for to in 0..3 {
+            let is_pair = matches!((from, to), (0, 1) | (1, 0));
+            let rate = bandwidth.measured[from][to];
+            assert_eq!(
+                rate.is_some_and(|rate| rate > 0.01),
+                is_pair,
+                "{bandwidth:?}"
+            );
+        }
+    }
+    assert_eq!(bandwidth.nominal, [Some(450.0); 3]);
+    assert_eq!(reports[0].bandwidth, reports[2].bandwidth);
+    for driver in drivers {
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+    }
+}
+
+#[test]
 fn a_rank_that_goes_ends_the_others_at_once() {
     let cluster = Cluster::hgx_h200(2);
     let mut communicators = Communicator::threads(2);
