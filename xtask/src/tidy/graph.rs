@@ -28,7 +28,7 @@ const BENCHES: &str = "ep-benches";
 const RESTRICTED: [(&str, &[&str]); 4] = [
     ("bindgen", &["xtask"]),
     ("cc", &["ep-kernels"]),
-    ("cudarc", &["ep-sys", "ep-cli"]),
+    ("cudarc", &["ep-sys", "ep-cli", "ep"]),
     ("libloading", &["ep-sys"]),
 ];
 
