@@ -1,70 +1,37 @@
 //! `ep run`: one mixture-of-experts layer over several ranks, checked.
 //!
-//! The head (`head`) makes a [`Job`] of its arguments, starts the ranks, and sums up what they
-//! found. A rank (`member`) makes its data from the seed, runs the layer through a [`Transport`]
-//! (the only door to the code under test), and compares the result with [`reference`].
+//! The head makes a [`Job`] of its arguments, starts the ranks, and sums up what they found. A rank
+//! makes its data from the seed, runs the layer through a [`Transport`], the only door to the code
+//! under test, and compares the result with the [reference](mod@reference).
 
 mod args;
-mod backend;
 mod check;
 #[cfg(feature = "cuda")]
 mod cublas;
 mod dense;
 mod e4m3;
 mod experts;
-mod group;
-mod job;
-mod member;
-mod model;
-mod npy;
-mod parallel;
-mod random;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod reference;
 mod report;
-mod router;
 mod transport;
 
-use std::env;
-use std::error::Error;
-use std::fs::{self, DirBuilder};
-use std::io::{self, BufRead, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::process::{self, Command, ExitCode};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::process::ExitCode;
+use std::time::Instant;
 
-use ep::Communicator;
-use serde::{Deserialize, Serialize};
+use half::bf16;
 
 pub(crate) use self::args::Args;
-use self::args::Spawn;
-use self::backend::Place;
-use self::group::{Message, Patience};
-use self::job::Job;
+use self::check::Comparison;
 use self::report::{Outcome, Report};
-use self::transport::Failure;
-
-/// The hidden command that a rank's process is started with.
-pub(crate) const RANK_COMMAND: &str = "rank";
-
-/// What the other ranks may still say once one has failed: longer than a rank waits for a peer.
-const GRACE: Duration = Duration::from_secs(15);
-/// Bound on the ranks' meeting.
-const MEETING: Duration = Duration::from_secs(60);
-
-/// What a rank's process is told.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Task {
-    job: Job,
-    rank: usize,
-    place: Place,
-    /// Unix socket where the ranks meet.
-    socket: PathBuf,
-}
+use self::transport::Transport;
+use crate::failure::{Failure, chain};
+use crate::layer::{Job, Model, router};
+use crate::ranks::{self, Member, Work, cores};
 
 /// Runs the command and says how it went.
-pub(crate) fn head(args: &Args) -> ExitCode {
+pub(crate) fn main(args: &Args) -> ExitCode {
     let report = match launch(args) {
         Ok(report) => report,
         Err(error) => {
@@ -93,223 +60,175 @@ pub(crate) fn head(args: &Args) -> ExitCode {
 
 fn launch(args: &Args) -> Result<Report, Failure> {
     let start = Instant::now();
-    let job = args.job(thread::available_parallelism().map_or(1, Into::into))?;
-    let (place, reason) = backend::choose(args.backend, args.cluster.as_deref(), job.ranks)?;
-    eprintln!(
-        "{} ranks, each a {}, on {place}: {reason}",
-        job.ranks, args.spawn
-    );
-    let progress = |rank: usize, text: &str| {
-        if rank == 0 {
-            eprintln!("[{:6.2} s] {text}", start.elapsed().as_secs_f64());
-        }
-    };
-    let outcomes = match args.spawn {
-        Spawn::Processes => processes(&job, &place, args.deadline(), progress)?,
-        Spawn::Threads => threads(&job, &place, progress)?,
-    };
-    eprintln!("[{:6.2} s] done", start.elapsed().as_secs_f64());
+    let job = args.job(cores())?;
+    let outcomes = ranks::run(&job, &args.place, start)?;
     Ok(Report::new(&job, &outcomes))
 }
 
-fn processes(
+impl Work for Job {
+    type Outcome = Outcome;
+    const RANK_COMMAND: &'static str = "run-rank";
+
+    fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn run(&self, member: &Member<'_>) -> Result<Outcome, Failure> {
+        let connect = |model: &Model| {
+            let (device, communicator) = member.connect()?;
+            transport::connect(self, member.rank, model, &device, &communicator)
+        };
+        run(self, member.rank, connect, |text| member.progress(text))
+    }
+}
+
+/// Runs the layer as `rank`, times it, and compares its output with the reference.
+fn run(
     job: &Job,
-    place: &Place,
-    deadline: Duration,
-    progress: impl FnMut(usize, &str),
-) -> Result<Vec<Outcome>, Failure> {
-    let program = env::current_exe()?;
-    let folder = PrivateFolder::new()?;
-    let tasks: Vec<String> = (0..job.ranks)
-        .map(|rank| {
-            serde_json::to_string(&Task {
-                job: job.clone(),
-                rank,
-                place: place.clone(),
-                socket: folder.path().join("ranks"),
-            })
-        })
-        .collect::<Result<_, _>>()?;
-    let command = |rank: usize| {
-        let mut command = Command::new(&program);
-        command.arg(RANK_COMMAND);
-        (command, tasks[rank].clone())
-    };
-    Ok(group::run(
-        job.ranks,
-        Patience {
-            deadline,
-            grace: GRACE,
-        },
-        command,
-        progress,
-    )?)
+    rank: usize,
+    connect: impl FnOnce(&Model) -> Result<Box<dyn Transport>, Failure>,
+    progress: impl Fn(&str),
+) -> Result<Outcome, Failure> {
+    let model = Model::new(job);
+    let x = model.tokens(rank);
+    let routes = router::route(job, &model, rank, &x)?;
+    progress("connecting");
+    let mut transport = connect(&model)?;
+    let facts = transport.facts();
+    progress(&format!("memory: {}", facts.plan));
+
+    progress("router, dispatch, experts, combine");
+    let output = transport.layer(&x, &routes)?;
+    if job.iters > 0 {
+        progress(&format!("timing {} dispatches and combines", job.iters));
+    }
+    let times = transport.time(job.iters)?;
+    let again = transport.layer(&x, &routes)?;
+    transport.close()?;
+
+    progress("float64 reference");
+    let expected = reference::layer(job, &model, &x, &routes)?;
+    Ok(Outcome {
+        facts,
+        comparison: Comparison::of(&output, &expected, job.hidden),
+        repeatable: bits(&again).eq(bits(&output)),
+        times,
+    })
 }
 
-fn threads(
-    job: &Job,
-    place: &Place,
-    progress: impl Fn(usize, &str) + Sync,
-) -> Result<Vec<Outcome>, Failure> {
-    let communicators = Communicator::threads(u32::try_from(job.ranks)?);
-    let progress = &progress;
-    let results: Vec<Result<Outcome, Failure>> = thread::scope(|scope| {
-        let ranks: Vec<_> = communicators
-            .into_iter()
-            .enumerate()
-            .map(|(rank, communicator)| {
-                scope.spawn(move || {
-                    member::run(
-                        job,
-                        rank,
-                        |model| transport::connect(job, rank, place, &communicator, model),
-                        |text| progress(rank, text),
-                    )
-                })
-            })
-            .collect();
-        ranks
-            .into_iter()
-            .map(|rank| rank.join().unwrap_or_else(|_| Err("it panicked".into())))
-            .collect()
-    });
-    let mut outcomes = Vec::with_capacity(results.len());
-    let mut failures = Vec::new();
-    for (rank, result) in results.into_iter().enumerate() {
-        match result {
-            Ok(outcome) => outcomes.push(outcome),
-            Err(error) => failures.push((rank, group::Failure::Said(chain(&*error)))),
-        }
-    }
-    if failures.is_empty() {
-        Ok(outcomes)
-    } else {
-        Err(group::GroupError { failures }.into())
-    }
-}
-
-/// Runs one rank as the task on standard input says.
-pub(crate) fn rank() -> ExitCode {
-    let say = |message: &Message| {
-        // The head that would read it may be gone; then nobody is left to tell.
-        let line = serde_json::to_string(message).unwrap_or_default();
-        let _ = writeln!(io::stdout(), "{line}");
-    };
-    match obey(|text| say(&Message::Progress(text.to_owned()))) {
-        Ok(outcome) => {
-            say(&Message::Done(Box::new(outcome)));
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            say(&Message::Failed(chain(&*error)));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn obey(progress: impl FnMut(&str)) -> Result<Outcome, Failure> {
-    let mut line = String::new();
-    io::stdin().lock().read_line(&mut line)?;
-    let Task {
-        job,
-        rank,
-        place,
-        socket,
-    } = serde_json::from_str(&line)?;
-    thread::Builder::new()
-        .name("head".to_owned())
-        .spawn(end_with_head)?;
-    let (number, size) = (u32::try_from(rank)?, u32::try_from(job.ranks)?);
-    let connect = |model: &model::Model| {
-        let communicator = Communicator::unix(socket, number, size, MEETING)?;
-        transport::connect(&job, rank, &place, &communicator, model)
-    };
-    member::run(&job, rank, connect, progress)
-}
-
-/// Waits for the head's end and ends the process.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the thread that would return may be waiting for ranks that end at the same time"
-)]
-fn end_with_head() {
-    // Nothing more is ever sent: a return means that the head is gone.
-    let _ = io::stdin().lock().read(&mut [0]);
-    process::exit(1);
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += ": ";
-        text += &error.to_string();
-        cause = error.source();
-    }
-    text
-}
-
-/// A folder that only this user can enter; removed when dropped.
-struct PrivateFolder(PathBuf);
-
-impl PrivateFolder {
-    fn new() -> io::Result<Self> {
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        let name = format!("ep-{}-{:x}", process::id(), now.as_nanos());
-        let path = env::temp_dir().join(name);
-        DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for PrivateFolder {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::error!(path = %self.0.display(), %error, "a temporary folder is left behind");
-        }
-    }
+fn bits(values: &[bf16]) -> impl Iterator<Item = u16> + '_ {
+    values.iter().map(|v| v.to_bits())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::experts::{HostExperts, Received, Rows};
     use super::*;
+    use crate::layer::job::tests::small;
+    use crate::layer::{Dtype, Routes, Routing};
+    use crate::session::{Facts, Times};
 
-    #[test]
-    fn tasks_survive_the_way_to_a_process() {
-        let task = Task {
-            job: job::tests::small(),
-            rank: 1,
-            place: Place::Sim {
-                cluster: Some("[[node]]\nname = \"n0\"".to_owned()),
-                run_key: 7,
-            },
-            socket: "/tmp/some where/ranks".into(),
-        };
-        let line = serde_json::to_string(&task).unwrap();
-        assert!(!line.contains('\n'));
-        assert_eq!(serde_json::from_str::<Task>(&line).unwrap(), task);
+    /// All ranks' experts in one place: dispatch is a copy, combine a sum.
+    struct Local {
+        job: Job,
+        model: Model,
+        /// Leaves this (token, top-k entry) out.
+        lost: Option<(usize, usize)>,
+    }
+
+    impl Transport for Local {
+        fn facts(&self) -> Facts {
+            Facts {
+                backend: "local".to_owned(),
+                alloc: "heap".to_owned(),
+                plan: String::new(),
+                symmetric_bytes: 0,
+            }
+        }
+
+        fn layer(&mut self, x: &[bf16], routes: &Routes) -> Result<Vec<bf16>, Failure> {
+            let (hidden, top_k) = (self.job.hidden, self.job.top_k);
+            let mut output = vec![bf16::NAN; x.len()];
+            for (token, output) in output.chunks_exact_mut(hidden).enumerate() {
+                let x = &x[token * hidden..(token + 1) * hidden];
+                let mut sum = vec![0.0; hidden];
+                for k in 0..top_k {
+                    let id = routes.ids[token * top_k + k];
+                    if id < 0 || self.lost == Some((token, k)) {
+                        continue;
+                    }
+                    let expert = id as usize;
+                    let locals = self.job.local_experts();
+                    let mut counts = vec![0; locals];
+                    counts[expert % locals] = 1;
+                    let mut rows = vec![bf16::ZERO; locals * hidden];
+                    rows[expert % locals * hidden..][..hidden].copy_from_slice(x);
+                    let mut y = vec![bf16::NAN; rows.len()];
+                    let received = Received {
+                        rows: Rows::Bf16(&rows),
+                        counts: &counts,
+                    };
+                    HostExperts::new(&self.job, &self.model, expert / locals)
+                        .forward(&received, &mut y);
+                    let weight = routes.weights[token * top_k + k];
+                    for (sum, y) in sum.iter_mut().zip(&y[expert % locals * hidden..]) {
+                        *sum += weight * y.to_f32();
+                    }
+                }
+                for (output, sum) in output.iter_mut().zip(sum) {
+                    *output = bf16::from_f32(sum);
+                }
+            }
+            Ok(output)
+        }
+
+        fn time(&mut self, iters: usize) -> Result<Times, Failure> {
+            Ok(Times {
+                dispatch_us: vec![1.0; iters],
+                combine_us: vec![2.0; iters],
+            })
+        }
+
+        fn close(self: Box<Self>) -> Result<(), Failure> {
+            Ok(())
+        }
+    }
+
+    fn report(job: &Job, lost: Option<(usize, usize)>) -> Report {
+        let outcomes: Vec<Outcome> = (0..job.ranks)
+            .map(|rank| {
+                let connect = |model: &Model| -> Result<Box<dyn Transport>, Failure> {
+                    Ok(Box::new(Local {
+                        job: job.clone(),
+                        model: model.clone(),
+                        lost,
+                    }))
+                };
+                run(job, rank, connect, |_| {}).unwrap()
+            })
+            .collect();
+        Report::new(job, &outcomes)
     }
 
     #[test]
-    fn causes_are_in_the_text() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("outer")]
-        struct Outer(#[source] io::Error);
-        let error = Outer(io::Error::other("inner"));
-        assert_eq!(chain(&error), "outer: inner");
+    fn a_right_layer_is_verified() {
+        for routing in [Routing::Uniform, Routing::Zipf, Routing::Hot, Routing::One] {
+            let job = Job { routing, ..small() };
+            let report = report(&job, None);
+            assert!(report.verified(), "{report}");
+        }
     }
 
     #[test]
-    fn a_private_folder_is_gone_after_use() {
-        let folder = PrivateFolder::new().unwrap();
-        let path = folder.path().to_owned();
-        fs::write(path.join("file"), "").unwrap();
-        drop(folder);
-        assert!(!path.exists());
+    fn a_layer_that_loses_one_row_is_not() {
+        for dtype in [Dtype::Bf16, Dtype::Fp8] {
+            let job = Job {
+                dtype,
+                tokens: 64,
+                ..small()
+            };
+            let report = report(&job, Some((40, 2)));
+            assert!(!report.verified(), "{report}");
+        }
     }
 }

@@ -171,7 +171,10 @@ fn recorded_routing_is_followed_or_refused() {
     let output = ep(&line);
     assert!(!output.status.success());
     let text = errors(&output);
-    assert!(text.contains("token 0 of rank 1 to expert 8"), "{text}");
+    assert!(
+        text.starts_with("error: the recorded routing sends token 0 of rank 1 to expert 8"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -246,7 +249,10 @@ fn a_killed_rank_is_named_and_nothing_is_left() {
     let output = child.wait_with_output().unwrap();
     assert!(!output.status.success());
     let text = errors(&output);
-    assert!(text.contains("its process ended (signal: 9"), "{text}");
+    assert!(
+        text.contains("rank 2: its process ended (signal: 9"),
+        "{text}"
+    );
     for rank in ranks {
         assert!(
             !Path::new(&format!("/proc/{rank}")).exists(),

@@ -1,12 +1,11 @@
 //! The command line of `ep run`.
 
-use std::fmt;
-use std::num::NonZeroU64;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use super::job::{Dtype, Job, JobError, Routing};
-use super::npy::{self, NpyError};
+use crate::layer::npy::{self, NpyError};
+use crate::layer::router::{self, RoutingError};
+use crate::layer::{Dtype, Job, JobError, Routing};
+use crate::ranks::PlaceArgs;
 
 /// Runs one mixture-of-experts layer over several ranks: router, dispatch, SwiGLU experts, combine.
 ///
@@ -36,12 +35,6 @@ pub(crate) struct Args {
     /// What dispatch sends: BF16, or FP8 (E4M3) with a scale per 128 channels
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
-    /// Where it runs: on GPUs, or on a simulated cluster in host memory
-    #[arg(long, value_enum, default_value_t = BackendChoice::Auto)]
-    pub(crate) backend: BackendChoice,
-    /// Simulates the cluster that this file describes, instead of one HGX H200 host
-    #[arg(long, value_name = "FILE.toml")]
-    pub(crate) cluster: Option<PathBuf>,
     /// uniform, zipf, hot, one, or a file of recorded expert ids, int64 [ranks, tokens, top_k]
     #[arg(long, default_value_t = Routing::Uniform, value_name = "ROUTING|FILE.npy")]
     routing: Routing,
@@ -51,44 +44,11 @@ pub(crate) struct Args {
     /// Dispatches and combines to time, after the check
     #[arg(long, default_value_t = 20)]
     iters: usize,
-    /// What a rank is
-    #[arg(long, value_enum, default_value_t = Spawn::Processes)]
-    pub(crate) spawn: Spawn,
-    /// Seconds after which ranks that have not finished are ended
-    #[arg(long, default_value = "300", value_name = "SECONDS")]
-    timeout: NonZeroU64,
     /// End with one line of JSON on standard output
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// Where to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum BackendChoice {
-    /// GPUs if there are enough, else the simulator
-    Auto,
-    /// The simulated cluster
-    Sim,
-    /// GPUs, or fail
-    Cuda,
-}
-
-/// What a rank is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Spawn {
-    /// One process per rank
-    Processes,
-    /// One thread per rank, all in this process
-    Threads,
-}
-
-impl fmt::Display for Spawn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Processes => "process",
-            Self::Threads => "thread",
-        })
-    }
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
 }
 
 /// Why arguments make no job.
@@ -97,6 +57,8 @@ impl fmt::Display for Spawn {
 pub(crate) enum ArgsError {
     #[error(transparent)]
     Job(#[from] JobError),
+    #[error(transparent)]
+    Routing(#[from] RoutingError),
     #[error("{path} is no recorded routing")]
     Recorded {
         path: PathBuf,
@@ -106,24 +68,17 @@ pub(crate) enum ArgsError {
 }
 
 impl Args {
-    pub(crate) fn deadline(&self) -> Duration {
-        Duration::from_secs(self.timeout.get())
-    }
-
     /// The job that is asked for. `cores` are shared by all ranks.
     pub(crate) fn job(&self, cores: usize) -> Result<Job, ArgsError> {
         let recorded = match &self.routing {
-            Routing::File(path) => {
-                let array = npy::read(path).map_err(|source| ArgsError::Recorded {
-                    path: path.clone(),
-                    source,
-                })?;
-                Some(array.shape)
-            }
+            Routing::File(path) => Some(npy::read(path).map_err(|source| ArgsError::Recorded {
+                path: path.clone(),
+                source,
+            })?),
             _ => None,
         };
         let size = |option, given: Option<usize>, dimension: usize, default| {
-            let recorded = recorded.map(|shape| shape[dimension]);
+            let recorded = recorded.as_ref().map(|array| array.shape[dimension]);
             match (given, recorded) {
                 (Some(given), Some(recorded)) if given != recorded => Err(JobError::Recorded {
                     option,
@@ -148,6 +103,11 @@ impl Args {
             threads: (cores / ranks.max(1)).max(1),
         };
         job.check()?;
+        if let Some(array) = &recorded {
+            for rank in 0..ranks {
+                router::check(&job, rank, array.matrix(rank))?;
+            }
+        }
         Ok(job)
     }
 }
@@ -172,10 +132,7 @@ mod tests {
     #[test]
     fn defaults_make_a_job() {
         let args = parse("").unwrap();
-        assert_eq!(
-            (args.backend, args.spawn, args.json),
-            (BackendChoice::Auto, Spawn::Processes, false)
-        );
+        assert!(!args.json);
         let job = args.job(2).unwrap();
         assert_eq!(
             (job.ranks, job.tokens, job.top_k, job.threads),
@@ -188,15 +145,10 @@ mod tests {
     fn every_option_is_taken() {
         let args = parse(
             "--ranks 2 --tokens 128 --hidden 7168 --intermediate 2048 --experts 256 --top-k 16 \
-             --dtype fp8 --backend cuda --routing zipf --seed 9 --json --iters 3 --spawn threads \
-             --timeout 5",
+             --dtype fp8 --routing zipf --seed 9 --json --iters 3",
         )
         .unwrap();
-        assert_eq!(
-            (args.backend, args.spawn, args.json),
-            (BackendChoice::Cuda, Spawn::Threads, true)
-        );
-        assert_eq!(args.deadline(), Duration::from_secs(5));
+        assert!(args.json);
         assert_eq!(
             args.job(2).unwrap(),
             Job {
@@ -217,13 +169,7 @@ mod tests {
 
     #[test]
     fn refuses_what_it_does_not_know() {
-        for line in [
-            "--dtype fp16",
-            "--backend rocm",
-            "--routing zipff",
-            "--timeout 0",
-            "--ranks x",
-        ] {
+        for line in ["--dtype fp16", "--routing zipff", "--ranks x"] {
             assert!(parse(line).is_err(), "{line}");
         }
         assert!(matches!(

@@ -3,7 +3,7 @@
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use super::job::Dtype;
+use crate::layer::Dtype;
 
 impl Dtype {
     /// Bound on the relative error `‖output - reference‖ / ‖reference‖` of all tokens.

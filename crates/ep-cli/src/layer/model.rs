@@ -127,7 +127,7 @@ fn bias_for(p: f64) -> f64 {
     -sigmoid(((1.0 - p) / p).ln() / 1.702)
 }
 
-pub(super) fn sigmoid(x: f64) -> f64 {
+pub(crate) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
@@ -172,7 +172,7 @@ fn table<T: From<bf16>>(fan_in: usize) -> [T; 256] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::job::tests::small;
+    use crate::layer::job::tests::small;
 
     #[test]
     fn the_same_seed_gives_the_same_data_in_every_precision() {

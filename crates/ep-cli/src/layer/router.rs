@@ -16,7 +16,7 @@ const GROUPS: usize = 8;
 const BEST_OF_GROUP: usize = 2;
 
 /// Where the tokens of a rank go.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Routes {
     /// `[tokens, top_k]`; -1 is no expert.
     pub(crate) ids: Vec<i64>,
@@ -131,7 +131,8 @@ fn forced(job: &Job, model: &Model, rank: usize) -> Result<Option<Vec<i64>>, Rou
     }
 }
 
-fn check(job: &Job, rank: usize, ids: &[i64]) -> Result<(), RoutingError> {
+/// Refuses ids of `rank` that the layer does not have, or that a token has twice.
+pub(crate) fn check(job: &Job, rank: usize, ids: &[i64]) -> Result<(), RoutingError> {
     for (token, ids) in ids.chunks_exact(job.top_k).enumerate() {
         for (k, &value) in ids.iter().enumerate() {
             if value < -1 || value >= job.experts as i64 {
@@ -219,7 +220,7 @@ fn weigh(scores: &[f64], ids: &[i64], weights: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::job::tests::small;
+    use crate::layer::job::tests::small;
 
     fn route_all(job: &Job) -> Vec<Routes> {
         let model = Model::new(job);

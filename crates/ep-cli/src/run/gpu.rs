@@ -3,16 +3,15 @@
 use ep::{DType, DispatchOutput, Stream, Tensor, TensorRef, experts};
 use half::bf16;
 
-use super::buffers::Experts;
-use crate::run::cublas::Blas;
-use crate::run::job::{Dtype, Job};
-use crate::run::model::{Matrix, Model};
-use crate::run::parallel;
-use crate::run::transport::Failure;
+use super::cublas::Blas;
+use super::transport::Experts;
+use crate::failure::Failure;
+use crate::layer::model::Matrix;
+use crate::layer::{Dtype, Job, Model, parallel};
 
 /// The experts of one rank, with scratch memory for one expert at a time.
 #[derive(Debug)]
-pub(super) struct GpuExperts {
+pub(crate) struct GpuExperts {
     blas: Blas,
     stream: Stream,
     weights: Vec<Weights>,
@@ -33,7 +32,7 @@ struct Weights {
 
 impl GpuExperts {
     /// Makes the weights of `rank`'s experts, which get up to `capacity` rows each.
-    pub(super) fn new(
+    pub(crate) fn new(
         job: &Job,
         model: &Model,
         rank: usize,

@@ -10,18 +10,17 @@ use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-
-use super::report::Outcome;
 
 /// What a rank says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Message {
+pub(crate) enum Message<T> {
     /// What it is doing.
     Progress(String),
     /// The end, and a good one.
-    Done(Box<Outcome>),
+    Done(T),
     /// The end.
     Failed(String),
 }
@@ -73,12 +72,12 @@ impl std::error::Error for GroupError {}
 
 /// Runs `size` ranks, each `command(rank)` fed with its line of input, and returns what they found.
 /// None of the processes is left when this returns.
-pub(crate) fn run(
+pub(crate) fn run<T: DeserializeOwned + Send + 'static>(
     size: usize,
     patience: Patience,
     mut command: impl FnMut(usize) -> (Command, String),
     mut progress: impl FnMut(usize, &str),
-) -> Result<Vec<Outcome>, GroupError> {
+) -> Result<Vec<T>, GroupError> {
     let start = Instant::now();
     let (sender, events) = mpsc::channel();
     let mut ranks = Vec::with_capacity(size);
@@ -96,7 +95,7 @@ pub(crate) fn run(
     drop(sender);
 
     let mut end = start + patience.deadline;
-    let mut outcomes: Vec<Option<Outcome>> = vec![None; size];
+    let mut outcomes: Vec<Option<T>> = (0..size).map(|_| None).collect();
     let mut ended = vec![false; size];
     let mut failures: Vec<(usize, Failure)> = Vec::new();
     while ended.contains(&false) {
@@ -110,7 +109,7 @@ pub(crate) fn run(
                 continue;
             }
             Event::Said(Message::Done(outcome)) => {
-                outcomes[rank] = Some(*outcome);
+                outcomes[rank] = Some(outcome);
                 continue;
             }
             Event::Said(Message::Failed(text)) => Failure::Said(text),
@@ -149,8 +148,8 @@ pub(crate) fn run(
     }
 }
 
-enum Event {
-    Said(Message),
+enum Event<T> {
+    Said(Message<T>),
     Garbled(String),
     Closed,
 }
@@ -164,11 +163,11 @@ struct Rank {
 }
 
 impl Rank {
-    fn start(
+    fn start<T: DeserializeOwned + Send + 'static>(
         rank: usize,
         mut command: Command,
         task: &str,
-        events: Sender<(usize, Event)>,
+        events: Sender<(usize, Event<T>)>,
     ) -> io::Result<Self> {
         let child = command
             .stdin(Stdio::piped())
@@ -226,7 +225,11 @@ impl Drop for Rank {
     }
 }
 
-fn listen(rank: usize, stdout: ChildStdout, events: &Sender<(usize, Event)>) {
+fn listen<T: DeserializeOwned>(
+    rank: usize,
+    stdout: ChildStdout,
+    events: &Sender<(usize, Event<T>)>,
+) {
     for line in BufReader::new(stdout).lines() {
         let Ok(line) = line else { return };
         let event = match serde_json::from_str(&line) {
@@ -242,25 +245,9 @@ fn listen(rank: usize, stdout: ChildStdout, events: &Sender<(usize, Event)>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::check::Comparison;
-    use crate::run::report::{Facts, Times};
 
-    fn outcome(bytes: u64) -> Outcome {
-        Outcome {
-            facts: Facts {
-                backend: "sim".to_owned(),
-                alloc: "malloc".to_owned(),
-                plan: String::new(),
-                symmetric_bytes: bytes,
-            },
-            comparison: Comparison::default(),
-            repeatable: true,
-            times: Times::default(),
-        }
-    }
-
-    fn done(bytes: u64) -> String {
-        serde_json::to_string(&Message::Done(Box::new(outcome(bytes)))).unwrap()
+    fn done(outcome: u64) -> String {
+        serde_json::to_string(&Message::Done(outcome)).unwrap()
     }
 
     const PATIENCE: Patience = Patience {
@@ -269,7 +256,7 @@ mod tests {
     };
 
     /// Runs shell scripts as ranks; `$line` is the task.
-    fn shell(patience: Patience, scripts: &[String]) -> Result<Vec<Outcome>, GroupError> {
+    fn shell(patience: Patience, scripts: &[String]) -> Result<Vec<u64>, GroupError> {
         run(
             scripts.len(),
             patience,
@@ -288,14 +275,14 @@ mod tests {
     fn ranks_read_their_task_and_answer_in_order_of_rank() {
         let echo = |delay| format!("sleep {delay}; printf '%s\\n' \"$line\"");
         let outcomes = shell(PATIENCE, &[echo("0.2"), echo("0"), echo("0.1")]).unwrap();
-        assert_eq!(outcomes, [outcome(10), outcome(11), outcome(12)]);
+        assert_eq!(outcomes, [10, 11, 12]);
     }
 
     #[test]
     fn progress_is_passed_on() {
         let mut heard = Vec::new();
         let answer = done(1);
-        run(
+        run::<u64>(
             2,
             PATIENCE,
             |rank| {
@@ -391,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_command_that_does_not_exist_is_named() {
-        let error = run(
+        let error = run::<u64>(
             1,
             PATIENCE,
             |_| (Command::new("/nonexistent/ep"), String::new()),

@@ -12,9 +12,8 @@ use ep::driver::DeviceOrdinal;
 use ep_sim::{Cluster, ClusterError, SimDriver};
 use serde::{Deserialize, Serialize};
 
-use super::args::BackendChoice;
-use super::job::Job;
-use super::transport::Failure;
+use super::Backend;
+use crate::failure::{Failure, chain};
 
 /// Where ranks run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,26 +31,40 @@ pub(crate) enum Place {
 }
 
 impl Place {
+    /// Where `ranks` ranks run, and why there.
+    pub(super) fn choose(
+        choice: Backend,
+        cluster: Option<&Path>,
+        ranks: usize,
+    ) -> Result<(Self, String), PlaceError> {
+        match (choice, cluster) {
+            (Backend::Cuda, Some(_)) => Err(PlaceError::ClusterOfGpus),
+            (Backend::Cuda, None) => Ok((Self::Cuda, gpus(ranks)?)),
+            (_, Some(path)) => Ok((simulated(path, ranks)?, path.display().to_string())),
+            (Backend::Sim, None) => Ok((hgx_h200(), "as asked".to_owned())),
+            (Backend::Auto, None) => match gpus(ranks) {
+                Ok(reason) => Ok((Self::Cuda, reason)),
+                Err(error) => Ok((hgx_h200(), chain(&error))),
+            },
+        }
+    }
+
     /// The device of a rank.
-    pub(crate) fn device(&self, job: &Job, rank: usize) -> Result<Device, Failure> {
+    pub(super) fn device(&self, ranks: usize, rank: usize) -> Result<Device, Failure> {
         match self {
             #[cfg(feature = "cuda")]
             Self::Cuda => Ok(Device::cuda(DeviceOrdinal(u32::try_from(rank)?))?),
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda => Err(BackendError::NotBuilt.into()),
+            Self::Cuda => Err(PlaceError::NotBuilt.into()),
             Self::Sim { cluster, run_key } => {
-                let gpus = job.ranks;
                 let cluster = match cluster {
                     Some(text) => Cluster::from_toml(text)?,
-                    None => Cluster::hgx_h200(u32::try_from(gpus)?),
+                    None => Cluster::hgx_h200(u32::try_from(ranks)?),
                 };
                 // A process of its own, as the driver sees it, with its GPU alone visible.
-                let driver = SimDriver::for_rank(&cluster.with_run_key(*run_key), rank).ok_or(
-                    BackendError::TooSmall {
-                        ranks: job.ranks,
-                        gpus,
-                    },
-                )?;
+                let gpus = cluster.ranks();
+                let driver = SimDriver::for_rank(&cluster.with_run_key(*run_key), rank)
+                    .ok_or(PlaceError::TooSmall { ranks, gpus })?;
                 Ok(Device::host(driver, DeviceOrdinal(0)))
             }
         }
@@ -70,7 +83,7 @@ impl fmt::Display for Place {
 /// Why ranks cannot run where they were asked to.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum BackendError {
+pub(crate) enum PlaceError {
     #[cfg(not(feature = "cuda"))]
     #[error("this build has no CUDA kernels; build with --features cuda")]
     NotBuilt,
@@ -103,38 +116,20 @@ pub(crate) enum BackendError {
     TooSmall { ranks: usize, gpus: usize },
 }
 
-/// Where `ranks` ranks run, and why there.
-pub(crate) fn choose(
-    choice: BackendChoice,
-    cluster: Option<&Path>,
-    ranks: usize,
-) -> Result<(Place, String), BackendError> {
-    match (choice, cluster) {
-        (BackendChoice::Cuda, Some(_)) => Err(BackendError::ClusterOfGpus),
-        (BackendChoice::Cuda, None) => Ok((Place::Cuda, gpus(ranks)?)),
-        (_, Some(path)) => Ok((simulated(path, ranks)?, path.display().to_string())),
-        (BackendChoice::Sim, None) => Ok((hgx_h200(), "as asked".to_owned())),
-        (BackendChoice::Auto, None) => match gpus(ranks) {
-            Ok(reason) => Ok((Place::Cuda, reason)),
-            Err(error) => Ok((hgx_h200(), super::chain(&error))),
-        },
-    }
-}
-
 /// What GPUs there are, if they are enough.
 #[cfg(feature = "cuda")]
-fn gpus(ranks: usize) -> Result<String, BackendError> {
+fn gpus(ranks: usize) -> Result<String, PlaceError> {
     let device = Device::cuda(DeviceOrdinal(0))?;
     let gpus = device.driver().device_count()? as usize;
     if gpus < ranks {
-        return Err(BackendError::TooFewGpus { ranks, gpus });
+        return Err(PlaceError::TooFewGpus { ranks, gpus });
     }
     Ok(format!("{gpus} are visible"))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpus(_ranks: usize) -> Result<String, BackendError> {
-    Err(BackendError::NotBuilt)
+fn gpus(_ranks: usize) -> Result<String, PlaceError> {
+    Err(PlaceError::NotBuilt)
 }
 
 fn hgx_h200() -> Place {
@@ -144,18 +139,18 @@ fn hgx_h200() -> Place {
     }
 }
 
-fn simulated(path: &Path, ranks: usize) -> Result<Place, BackendError> {
-    let text = fs::read_to_string(path).map_err(|source| BackendError::ClusterFile {
+fn simulated(path: &Path, ranks: usize) -> Result<Place, PlaceError> {
+    let text = fs::read_to_string(path).map_err(|source| PlaceError::ClusterFile {
         path: path.to_owned(),
         source,
     })?;
-    let cluster = Cluster::from_toml(&text).map_err(|source| BackendError::Cluster {
+    let cluster = Cluster::from_toml(&text).map_err(|source| PlaceError::Cluster {
         path: path.to_owned(),
         source,
     })?;
     let gpus = cluster.ranks();
     if gpus < ranks {
-        return Err(BackendError::TooSmall { ranks, gpus });
+        return Err(PlaceError::TooSmall { ranks, gpus });
     }
     Ok(Place::Sim {
         cluster: Some(text),
@@ -174,7 +169,7 @@ mod tests {
 
     #[test]
     fn the_simulator_needs_nothing() {
-        let (place, reason) = choose(BackendChoice::Sim, None, 4).unwrap();
+        let (place, reason) = Place::choose(Backend::Sim, None, 4).unwrap();
         assert!(matches!(place, Place::Sim { cluster: None, .. }));
         assert_eq!(reason, "as asked");
     }
@@ -182,12 +177,12 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn without_the_kernels_auto_says_why_it_simulates_and_cuda_is_an_error() {
-        let (place, reason) = choose(BackendChoice::Auto, None, 4).unwrap();
+        let (place, reason) = Place::choose(Backend::Auto, None, 4).unwrap();
         assert!(matches!(place, Place::Sim { .. }));
         assert!(reason.contains("no CUDA kernels"), "{reason}");
         assert!(matches!(
-            choose(BackendChoice::Cuda, None, 4),
-            Err(BackendError::NotBuilt)
+            Place::choose(Backend::Cuda, None, 4),
+            Err(PlaceError::NotBuilt)
         ));
     }
 
@@ -197,7 +192,7 @@ mod tests {
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("cluster.toml");
         fs::write(&path, "[[node]]\nname = \"n0\"\ngpus = 2\n").unwrap();
-        let (place, _) = choose(BackendChoice::Auto, Some(&path), 2).unwrap();
+        let (place, _) = Place::choose(Backend::Auto, Some(&path), 2).unwrap();
         assert!(matches!(
             place,
             Place::Sim {
@@ -206,21 +201,18 @@ mod tests {
             }
         ));
         assert!(matches!(
-            choose(BackendChoice::Sim, Some(&path), 3),
-            Err(BackendError::TooSmall { ranks: 3, gpus: 2 })
+            Place::choose(Backend::Sim, Some(&path), 3),
+            Err(PlaceError::TooSmall { ranks: 3, gpus: 2 })
         ));
         assert!(matches!(
-            choose(BackendChoice::Cuda, Some(&path), 2),
-            Err(BackendError::ClusterOfGpus)
+            Place::choose(Backend::Cuda, Some(&path), 2),
+            Err(PlaceError::ClusterOfGpus)
         ));
         fs::write(&path, "[[nod]]").unwrap();
-        let error = choose(BackendChoice::Sim, Some(&path), 2).unwrap_err();
-        assert!(matches!(error, BackendError::Cluster { .. }), "{error:?}");
+        let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
+        assert!(matches!(error, PlaceError::Cluster { .. }), "{error:?}");
         fs::remove_dir_all(&folder).unwrap();
-        let error = choose(BackendChoice::Sim, Some(&path), 2).unwrap_err();
-        assert!(
-            matches!(error, BackendError::ClusterFile { .. }),
-            "{error:?}"
-        );
+        let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
+        assert!(matches!(error, PlaceError::ClusterFile { .. }), "{error:?}");
     }
 }
