@@ -265,18 +265,21 @@ impl Report {
             Err(Error::Policy { source, .. }) => source.refused(),
             Err(_) => &[],
         };
-        let mut problems: Vec<Problem> = refused
-            .iter()
-            .filter(|refusal| !matches!(refusal, Refusal::NoClique { .. }))
-            .chain(&self.clique_gaps())
-            .filter(|refusal| self.matters(refusal))
-            .map(Problem::from)
-            .collect();
+        let mut problems = Vec::new();
         if let Err(error) = &self.plan
-            && problems.is_empty()
+            && refused.is_empty()
         {
             problems.push(Problem::of(error));
         }
+        let gaps = self.clique_gaps();
+        problems.extend(
+            refused
+                .iter()
+                .filter(|refusal| !matches!(refusal, Refusal::NoClique { .. }))
+                .chain(&gaps)
+                .filter(|refusal| self.matters(refusal))
+                .map(Problem::from),
+        );
         problems.extend(self.gap_between_hosts());
         problems
     }

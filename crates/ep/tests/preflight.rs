@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use ep::alloc::{BackendKind, Route};
-use ep::driver::{Call, DeviceOrdinal, Status};
+use ep::driver::{Call, DeviceOrdinal, FabricState, Status};
 use ep::{Choice, Communicator, Error, Preflight, Report};
 use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
 
@@ -110,7 +110,13 @@ fn private_ipc_namespaces_are_found_by_importing() {
 
 #[test]
 fn a_rank_without_memory_is_named_by_all() {
-    let drivers = drivers(&Cluster::hgx_h200(2));
+    // The other rank has a problem too, of its own and beside the point.
+    let cluster = Cluster::hgx_h200_nodes(2, 1, 1).map_nodes(|node| {
+        if node.name == "n0" {
+            node.gpus[0].fabric_state = FabricState::InProgress;
+        }
+    });
+    let drivers = drivers(&cluster);
     // The probe takes one plain allocation; the next is for the group.
     drivers[1].inject(FaultPlan::fail_nth_of(
         Call::MemAlloc,
@@ -123,6 +129,7 @@ fn a_rank_without_memory_is_named_by_all() {
         let problems = report.problems();
         assert_eq!(problems[0].ranks, [1], "{problems:?}");
         assert!(problems[0].what.contains("cuMemAlloc"), "{problems:?}");
+        assert_eq!(problems[1].ranks, [0], "{problems:?}");
     }
 }
 
