@@ -2,13 +2,14 @@
 //!
 //! `ep run` runs one mixture-of-experts layer over several ranks and checks its result against a
 //! float64 reference: on GPUs where there are enough, on a simulated cluster elsewhere. `ep perf`
-//! times dispatch and combine.
+//! times dispatch and combine. `ep preflight` says what memory a group would use, and why.
 //!
 //! Everything here is the command's own; the library is the crate `ep`.
 
 mod failure;
 mod layer;
 mod perf;
+mod preflight;
 mod ranks;
 mod run;
 mod session;
@@ -36,6 +37,7 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Perf(perf::Args),
+    Preflight(preflight::Args),
     /// One rank of `ep run`, told what to do on standard input
     #[command(hide = true, name = Job::RANK_COMMAND)]
     RunRank,
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run::main(&args),
         Command::Perf(args) => perf::main(&args),
+        Command::Preflight(args) => preflight::main(&args),
         Command::RunRank => ranks::main::<Job>(),
         Command::PerfRank => ranks::main::<Sweep>(),
     }
