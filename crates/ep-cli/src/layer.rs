@@ -4,7 +4,7 @@ pub(crate) mod job;
 pub(crate) mod model;
 pub(crate) mod npy;
 pub(crate) mod parallel;
-mod random;
+pub(crate) mod random;
 pub(crate) mod router;
 
 pub(crate) use self::job::{Dtype, Job, JobError, Routing};

@@ -1,87 +1,35 @@
-//! `ep perf`: times dispatch and combine over a sweep of batch sizes, one JSON line each.
+//! `ep perf`: what dispatch and combine cost, shape by shape.
 //!
-//! Random tokens; ranks lined up on the device before every call, its launch hidden; per call the
-//! slowest rank counts, and of the calls the median and the 99th percentile.
+//! The head makes a [`Sweep`] of its arguments, starts the ranks, and prints a [`Line`] for each
+//! shape. A rank makes its data from the seed and times every call.
+//!
+//! The method: data is random; the launch of a timed call hides behind a spinning barrier, in which
+//! the ranks meet on the device; a call's time is that between an event before and one after it; of
+//! each call the slowest rank counts.
 
-mod report;
+mod args;
+mod bench;
+#[cfg(feature = "cuda")]
+mod graph;
+mod line;
+mod routes;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use self::report::{Line, Outcome, Shape};
+pub(crate) use self::args::{Args, Sweep};
+use self::bench::Bench;
+use self::line::{Line, Measurement};
 use crate::failure::{Failure, chain};
-use crate::layer::{Dtype, Job, Model, Routes, Routing, router};
-use crate::ranks::{self, Member, PlaceArgs, Work, cores};
-use crate::session::Session;
-
-/// Times dispatch and combine over a sweep of batch sizes, one JSON line each.
-#[derive(Debug, clap::Args)]
-#[command(args_override_self = true)]
-pub(crate) struct Args {
-    /// Ranks in the group
-    #[arg(long, default_value_t = 4)]
-    ranks: usize,
-    /// Tokens per rank, in the order of the lines
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32,128,512")]
-    tokens: Vec<usize>,
-    /// Channels of a token, a multiple of 128
-    #[arg(long, default_value_t = 7168)]
-    hidden: usize,
-    /// Experts over all ranks, a multiple of the ranks
-    #[arg(long, default_value_t = 256)]
-    experts: usize,
-    /// Experts per token
-    #[arg(long, default_value_t = 8)]
-    top_k: usize,
-    /// What dispatch sends: BF16, or FP8 (E4M3) with a scale per 128 channels
-    #[arg(long, value_enum, default_value_t = Dtype::Fp8)]
-    dtype: Dtype,
-    /// uniform, zipf, hot or one
-    #[arg(long, default_value_t = Routing::Uniform)]
-    routing: Routing,
-    /// Most multiprocessors that an operation occupies; 0 sets no bound
-    #[arg(long, default_value_t = 0)]
-    sms: u32,
-    /// Timed calls of a shape
-    #[arg(long, default_value_t = 100)]
-    iters: usize,
-    /// Seed of tokens and routing
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    #[command(flatten)]
-    place: PlaceArgs,
-}
-
-/// What is timed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Sweep {
-    /// With the most tokens of the sweep.
-    job: Job,
-    tokens: Vec<usize>,
-    sms: u32,
-}
-
-/// Why there is nothing to time.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-enum SweepError {
-    #[error("--tokens is empty; give at least one number")]
-    NoTokens,
-    #[error("--iters is 0; at least one call must be timed")]
-    NoCalls,
-    #[error("--routing takes a recording in `ep run` alone; it has one number of tokens")]
-    Recorded,
-}
+use crate::layer::Model;
+use crate::ranks::{self, Member, Work};
 
 /// Runs the command and says how it went.
 pub(crate) fn main(args: &Args) -> ExitCode {
-    match lines(args) {
-        Ok(lines) => {
-            lines.iter().for_each(|line| println!("{line}"));
-            ExitCode::SUCCESS
-        }
+    match print(args) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", chain(&*error));
             ExitCode::FAILURE
@@ -89,168 +37,78 @@ pub(crate) fn main(args: &Args) -> ExitCode {
     }
 }
 
-fn lines(args: &Args) -> Result<Vec<String>, Failure> {
+fn print(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
-    let sweep = args.sweep(cores())?;
-    let outcomes = ranks::run(&sweep, &args.place, start)?;
-    let lines = Line::of_sweep(&sweep, &outcomes)?;
-    Ok(lines
-        .iter()
-        .map(serde_json::to_string)
-        .collect::<Result<_, _>>()?)
+    let sweep = args.sweep()?;
+    let found = ranks::run(&sweep, &args.place, start)?;
+    for shape in 0..sweep.tokens.len() {
+        let measured: Vec<&Measurement> = found.iter().map(|rank| &rank.shapes[shape]).collect();
+        let line = Line::new(&sweep, &found[0], &measured);
+        println!("{}", serde_json::to_string(&line)?);
+    }
+    Ok(())
 }
 
-impl Args {
-    fn sweep(&self, cores: usize) -> Result<Sweep, Failure> {
-        let most = self
-            .tokens
-            .iter()
-            .copied()
-            .max()
-            .ok_or(SweepError::NoTokens)?;
-        if self.iters == 0 {
-            return Err(SweepError::NoCalls.into());
-        }
-        if matches!(self.routing, Routing::File(_)) {
-            return Err(SweepError::Recorded.into());
-        }
-        let job = Job {
-            ranks: self.ranks,
-            tokens: most,
-            hidden: self.hidden,
-            // Experts are left out.
-            intermediate: 8,
-            experts: self.experts,
-            top_k: self.top_k,
-            dtype: self.dtype,
-            routing: self.routing.clone(),
-            seed: self.seed,
-            iters: self.iters,
-            threads: (cores / self.ranks.max(1)).max(1),
-        };
-        job.check()?;
-        Ok(Sweep {
-            job,
-            tokens: self.tokens.clone(),
-            sms: self.sms,
-        })
-    }
+/// What one rank found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Found {
+    /// `"cuda"` or `"sim"`.
+    backend: String,
+    /// Kind of the symmetric memory.
+    alloc: String,
+    /// As many as the sweep has.
+    shapes: Vec<Measurement>,
 }
+
+/// Why a sweep cannot be measured where it runs.
+#[derive(Debug, thiserror::Error)]
+#[error("only GPUs replay CUDA graphs; leave out --graph")]
+struct NoGraphs;
 
 impl Work for Sweep {
-    type Outcome = Outcome;
+    type Outcome = Found;
     const RANK_COMMAND: &'static str = "perf-rank";
 
     fn ranks(&self) -> usize {
         self.job.ranks
     }
 
-    fn run(&self, member: &Member<'_>) -> Result<Outcome, Failure> {
-        member.progress("connecting");
+    fn run(&self, member: &Member<'_>) -> Result<Found, Failure> {
+        let model = Model::new(&self.job);
+        let routes = routes::routes(&self.job, &model, member.rank);
+        let x = model.tokens(member.rank);
         let (device, communicator) = member.connect()?;
-        let mut session = Session::new(&self.job, &device, &communicator, self.sms)?;
-        // Experts do not run; combine reads what stands there, which no number makes slower.
-        session.poison()?;
-        let facts = session.facts();
-        member.progress(&format!("memory: {}", facts.plan));
-        let empty_us = session.time_nothing(self.job.iters)?;
-        let mut shapes = Vec::with_capacity(self.tokens.len());
-        for &tokens in &self.tokens {
-            member.progress(&format!("{tokens} tokens"));
-            let job = Job {
-                tokens,
-                ..self.job.clone()
-            };
-            let model = Model::new(&job);
-            let x = model.tokens(member.rank);
-            let routes = router::route(&job, &model, member.rank, &x)?;
-            session.load(&x, &routes)?;
-            shapes.push(Shape {
-                rows: rows(&job, &routes),
-                times: session.time(job.iters)?,
-            });
+        if self.graph && device.backend() != "cuda" {
+            return Err(NoGraphs.into());
         }
-        session.close()?;
         let all = device
             .driver()
             .device_info(device.ordinal())?
             .multiprocessors;
-        Ok(Outcome {
-            facts,
-            sms: if self.sms == 0 {
-                all
-            } else {
-                self.sms.min(all)
+        let sms = self.sms.map_or(all, |cap| all.min(cap.get()));
+
+        let mut bench = Bench::new(self, &device, &communicator, &x, &routes)?;
+        let alloc = bench.plan().backend.name().to_owned();
+        member.progress(&format!("memory: {}", bench.plan()));
+        let mut shapes = Vec::with_capacity(self.tokens.len());
+        for &tokens in &self.tokens {
+            member.progress(&format!("{tokens} tokens"));
+            bench.prepare(tokens)?;
+            shapes.push(Measurement {
+                tokens,
+                sms,
+                rows: routes::rows(&self.job, &routes.ids[..tokens * self.job.top_k]),
+                times: bench.time(self)?,
+            });
+        }
+        bench.close()?;
+        Ok(Found {
+            backend: match device.backend() {
+                "host" => "sim".to_owned(),
+                other => other.to_owned(),
             },
-            empty_us,
+            alloc,
             shapes,
         })
-    }
-}
-
-/// Tokens that go to each rank: one row each, however many of its experts they go to.
-fn rows(job: &Job, routes: &Routes) -> Vec<u64> {
-    let mut rows = vec![0; job.ranks];
-    for ids in routes.ids.chunks_exact(job.top_k) {
-        let owners = ids.iter().filter_map(|&id| usize::try_from(id).ok());
-        let mut owners: Vec<usize> = owners.map(|id| id / job.local_experts()).collect();
-        owners.sort_unstable();
-        owners.dedup();
-        owners.into_iter().for_each(|owner| rows[owner] += 1);
-    }
-    rows
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-    use crate::layer::job::tests::small;
-
-    #[derive(clap::Parser)]
-    struct Command {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn sweep(line: &str) -> Result<Sweep, Failure> {
-        Command::parse_from(std::iter::once("perf").chain(line.split_whitespace()))
-            .args
-            .sweep(2)
-    }
-
-    #[test]
-    fn buffers_are_made_for_the_most_tokens() {
-        let sweep = sweep("--tokens 4,64,1 --ranks 2 --dtype bf16 --sms 16").unwrap();
-        assert_eq!((sweep.tokens, sweep.sms), (vec![4, 64, 1], 16));
-        assert_eq!((sweep.job.tokens, sweep.job.ranks), (64, 2));
-        assert_eq!(sweep.job.dtype, Dtype::Bf16);
-    }
-
-    #[test]
-    fn what_cannot_be_timed_is_refused() {
-        for (line, reason) in [
-            ("--iters 0", "--iters is 0"),
-            ("--routing recorded.npy", "--routing takes a recording"),
-            ("--hidden 64", "--hidden is 64"),
-        ] {
-            let error = sweep(line).unwrap_err().to_string();
-            assert!(error.starts_with(reason), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_token_is_one_row_for_each_rank_it_goes_to() {
-        // 4 experts a rank.
-        let job = Job {
-            tokens: 3,
-            ..small()
-        };
-        let routes = Routes {
-            ids: vec![0, 3, 4, 5, 6, 7, -1, -1, -1],
-            weights: vec![0.0; 9],
-        };
-        assert_eq!(rows(&job, &routes), [1, 2]);
     }
 }

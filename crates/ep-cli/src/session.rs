@@ -217,23 +217,6 @@ impl Session {
         Ok(times)
     }
 
-    /// What [`time`](Self::time) gives for a fill of one word: the cost of the method itself.
-    pub(crate) fn time_nothing(&mut self, iters: usize) -> Result<Vec<f64>, Failure> {
-        self.meet()?;
-        let mut word = Tensor::new(self.buffer.device(), DType::I64, [1])?;
-        let mut calls = Vec::with_capacity(WARM_UP + iters);
-        for _ in 0..WARM_UP + iters {
-            let before = self.line_up()?;
-            word.fill(0, &self.stream)?;
-            calls.push((before, self.mark()?));
-        }
-        self.finish()?;
-        calls[WARM_UP..]
-            .iter()
-            .map(|(before, after)| Ok(after.elapsed_us(before)?))
-            .collect()
-    }
-
     /// Leaves the group, with the other ranks.
     pub(crate) fn close(self) -> Result<(), Failure> {
         Ok(self.buffer.close()?)

@@ -1,41 +1,92 @@
 //! `ep perf` as a user runs it: real processes on the simulated cluster.
 
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
-#[test]
-fn each_batch_size_has_its_line() {
-    let output = Command::new(env!("CARGO_BIN_EXE_ep"))
-        .args("perf --backend sim --ranks 2 --tokens 1,8,4 --hidden 256 --experts 16".split(' '))
-        .args("--top-k 4 --iters 5 --sms 20 --routing hot".split(' '))
-        .output()
-        .unwrap();
+const SMALL: &str = "--backend sim --ranks 2 --hidden 256 --experts 16 --top-k 4 --iters 5";
+
+fn ep(line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ep"));
+    command.arg("perf").args(line.split_whitespace());
+    for variable in [
+        "EP_ALLOC",
+        "MC_USE_NVLINK_IPC",
+        "EP_TIMEOUT_MS",
+        "EP_DEADLINE_MS",
+    ] {
+        command.env_remove(variable);
+    }
+    command.output().unwrap()
+}
+
+fn lines(line: &str) -> Vec<Value> {
+    let output = ep(line);
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{errors}");
-    let text = String::from_utf8(output.stdout).unwrap();
-    let lines: Vec<Value> = text
+    assert!(output.status.success(), "{line}: {errors}");
+    String::from_utf8_lossy(&output.stdout)
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    let tokens: Vec<u64> = lines
-        .iter()
-        .map(|line| line["tokens"].as_u64().unwrap())
-        .collect();
-    assert_eq!(tokens, [1, 8, 4]);
+        .collect()
+}
+
+#[test]
+fn every_shape_has_its_line() {
+    // One shape twice, and more calls than are made between two waits for the stream.
+    let lines = lines(&format!("{SMALL} --tokens 1,9,9,0 --iters 70"));
+    let tokens: Vec<&Value> = lines.iter().map(|line| &line["tokens"]).collect();
+    assert_eq!(tokens, [1, 9, 9, 0]);
     for line in &lines {
         assert_eq!(
             (&line["lib"], &line["backend"]),
             (&"ep".into(), &"sim".into())
         );
-        assert_eq!((&line["fp8"], &line["sms"]), (&true.into(), &20.into()));
-        for time in ["dispatch_us", "combine_us", "empty_us"] {
-            assert!(line[time].as_f64().unwrap() > 0.0, "{time}: {line}");
+        assert_eq!((&line["ranks"], &line["iters"]), (&2.into(), &70.into()));
+        assert_eq!(
+            (&line["fp8"], &line["graph"]),
+            (&true.into(), &false.into())
+        );
+        assert_eq!(line["sms"], 132);
+        for (median, p99) in [
+            ("dispatch_us", "dispatch_p99_us"),
+            ("combine_us", "combine_p99_us"),
+        ] {
+            let time = |key: &str| line[key].as_f64().unwrap();
+            assert!(time(median) > 0.0 && time(p99) >= time(median), "{line}");
         }
-        for kind in ["dispatch", "combine"] {
-            let [median, p99] =
-                ["us", "p99_us"].map(|unit| line[format!("{kind}_{unit}")].as_f64());
-            assert!(median <= p99, "{line}");
-        }
+    }
+    // The routing is the same: so are the bytes.
+    assert_eq!(lines[1]["combine_floor_us"], lines[2]["combine_floor_us"]);
+    assert_eq!(lines[3]["combine_wire_gbs"], 0.0);
+}
+
+#[test]
+fn every_way_of_dispatching_is_timed() {
+    for options in [
+        "--dtype bf16 --weights combine --sms 16",
+        "--routing one --weights none",
+        "--routing zipf --weights combine --warmup 0",
+        "--routing hot --ranks 1",
+        "--spawn threads",
+    ] {
+        let lines = lines(&format!("{SMALL} --tokens 8 {options}"));
+        assert_eq!(lines.len(), 1, "{options}");
+        let capped = options.contains("--sms");
+        assert_eq!(lines[0]["sms"], if capped { 16 } else { 132 });
+        assert_eq!(lines[0]["fp8"], !options.contains("bf16"), "{options}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    for (options, reason) in [
+        ("--hidden 200", "--hidden is 200"),
+        ("--graph", "only GPUs replay CUDA graphs"),
+    ] {
+        let output = ep(&format!("{SMALL} {options}"));
+        assert!(!output.status.success(), "{options}");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains(reason), "{options}: {errors}");
+        assert!(output.stdout.is_empty(), "{options}");
     }
 }

@@ -192,7 +192,7 @@ fn select(scores: &[f64], bias: &[f64], groups: Groups, ids: &mut [i64]) {
 }
 
 /// Indices of the `n` greatest values, greatest first.
-fn best(values: &[f64], n: usize) -> Vec<usize> {
+pub(crate) fn best(values: &[f64], n: usize) -> Vec<usize> {
     let n = n.min(values.len());
     let mut order: Vec<usize> = (0..values.len()).collect();
     let descending = |&a: &usize, &b: &usize| values[b].total_cmp(&values[a]).then(a.cmp(&b));
@@ -205,7 +205,7 @@ fn best(values: &[f64], n: usize) -> Vec<usize> {
 }
 
 /// Unbiased scores of the chosen, normalised and scaled; 0 for -1.
-fn weigh(scores: &[f64], ids: &[i64], weights: &mut [f32]) {
+pub(crate) fn weigh(scores: &[f64], ids: &[i64], weights: &mut [f32]) {
     let score = |&id: &i64| usize::try_from(id).map_or(0.0, |expert| scores[expert]);
     let sum: f64 = ids.iter().map(score).sum();
     for (weight, id) in weights.iter_mut().zip(ids) {
