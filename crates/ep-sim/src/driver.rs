@@ -185,6 +185,10 @@ impl Driver for SimDriver {
         }
     }
 
+    fn is_host_addressable(&self) -> bool {
+        true
+    }
+
     fn device_count(&self) -> Result<u32> {
         self.look(Call::DeviceCount, DeviceOrdinal(0), Process::device_count)
     }

@@ -18,6 +18,11 @@ use crate::{
 pub trait Driver: fmt::Debug + Send + Sync {
     /// What this process sees of its host. Asks no driver; cannot fail.
     fn host_facts(&self) -> HostFacts;
+    /// Whether device memory is memory of this process, so that host code may follow device addresses
+    /// as far as the device may. Only a simulated driver's is.
+    fn is_host_addressable(&self) -> bool {
+        false
+    }
     /// Number of devices visible to this process.
     fn device_count(&self) -> Result<u32>;
     /// Identity and attributes of a device.

@@ -112,6 +112,11 @@ impl BufferBuilder {
     }
 
     fn settings(&self) -> Result<Settings, Error> {
+        if !self.device.can_run() {
+            return Err(Error::HostKernels {
+                rank: self.comm.rank(),
+            });
+        }
         Ok(Settings {
             choice: self.choice.map_or_else(env::choice, Ok)?,
             deadline: self.deadline.map_or_else(env::deadline, Ok)?,

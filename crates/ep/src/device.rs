@@ -21,6 +21,8 @@ use ep_sys::{Bytes16, DeviceOrdinal, Driver};
 #[derive(Clone)]
 pub struct Device {
     shared: Arc<Shared>,
+    /// Whether the kernels can follow the driver's addresses.
+    can_run: bool,
 }
 
 struct Shared {
@@ -33,9 +35,13 @@ impl Device {
     /// A device of a simulated cluster, whose memory this process addresses directly; dispatch and
     /// combine run on the calling thread.
     ///
-    /// The driver's device addresses must be addresses of this process, as those of `ep-sim` are.
+    /// Of a driver whose device memory is elsewhere no buffer can be made.
     pub fn host(driver: Arc<dyn Driver>, ordinal: DeviceOrdinal) -> Self {
-        Self::from_parts(driver, Arc::new(HostKernels::default()), ordinal)
+        let can_run = driver.is_host_addressable();
+        Self {
+            can_run,
+            ..Self::from_parts(driver, Arc::new(HostKernels::default()), ordinal)
+        }
     }
 
     /// The GPU with this number among those that the process sees, with the CUDA kernels.
@@ -67,6 +73,7 @@ impl Device {
                 kernels,
                 ordinal,
             }),
+            can_run: true,
         }
     }
 
@@ -87,6 +94,10 @@ impl Device {
 
     pub(crate) fn kernels(&self) -> &dyn Kernels {
         &*self.shared.kernels
+    }
+
+    pub(crate) fn can_run(&self) -> bool {
+        self.can_run
     }
 
     /// Whether memory of `other` is memory of this device.

@@ -42,6 +42,15 @@ pub enum Error {
         /// What that one has.
         expected: String,
     },
+    /// The host kernels cannot follow the addresses of a driver's device memory.
+    #[error(
+        "rank {rank}: host kernels do not run on this driver's memory; make the device with \
+         Device::cuda, or with a simulated driver"
+    )]
+    HostKernels {
+        /// This rank.
+        rank: u32,
+    },
     /// The ranks could not meet, or lost each other.
     #[error("rank {rank}: the group failed; check the rank that the cause names")]
     Group {

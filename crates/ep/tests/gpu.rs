@@ -19,7 +19,8 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use ep::driver::{CudaDriver, Driver, StreamHandle};
 use ep::{
-    BackendKind, Choice, Communicator, Device, Element, Error, FaultKind, Operation, Phase, Stream,
+    BackendKind, Buffer, Choice, Communicator, Config, Device, Element, Error, FaultKind,
+    Operation, Phase, Stream,
 };
 
 use common::{Case, Oracle, Precision, Routing, Weights};
@@ -456,6 +457,18 @@ fn forced_fabric_is_refused_with_the_reason_on_gpus() {
         assert!(error.contains("cuMemCreate returned 800"), "{error}");
         assert!(error.contains("IMEX"), "{error}");
     }
+}
+
+#[test]
+fn host_kernels_keep_off_the_memory_of_gpus() {
+    if gpus().is_none() {
+        return;
+    }
+    let driver = CudaDriver::load().unwrap();
+    let device = Device::host(driver, ep::driver::DeviceOrdinal(0));
+    let comm = Communicator::threads(1).remove(0);
+    let error = Buffer::builder(&device, &comm, Config::new(128, 1, 1, 1)).build();
+    assert!(matches!(error, Err(Error::HostKernels { rank: 0 })));
 }
 
 /// What the demo's experts are made of.

@@ -924,3 +924,164 @@ fn a_refused_call_is_an_error_and_leaves_nothing() {
     }
     println!("{cases} cases");
 }
+
+/// A free port of this host, until somebody else takes it.
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
+}
+
+/// What a launcher sets for a process.
+fn launched(command: &mut std::process::Command, rank: usize, size: usize, port: &str) {
+    command
+        .env("RANK", rank.to_string())
+        .env("WORLD_SIZE", size.to_string())
+        .env("LOCAL_RANK", rank.to_string())
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", port);
+}
+
+#[test]
+fn the_environment_places_ranks_and_chooses_memory() {
+    const TEST: &str = "the_environment_places_ranks_and_chooses_memory";
+    if let Some(task) = Task::of_this_process() {
+        let cluster = Cluster::hgx_h200(8).with_run_key(task.key);
+        let launch = ep::Launch::from_env().unwrap();
+        assert_eq!((launch.rank, launch.world_size), (task.rank, 3));
+        let driver = SimDriver::new(&cluster, 0, &[0, 1, 2]);
+        let ordinal = launch.device(&*driver).unwrap();
+        assert_eq!(ordinal, DeviceOrdinal(task.rank));
+        let alone = SimDriver::new(&cluster, 0, &[task.rank]);
+        assert_eq!(launch.device(&*alone).unwrap(), DeviceOrdinal(0));
+
+        let comm = Communicator::from_env().unwrap();
+        let device = Device::host(driver, ordinal);
+        let case = case(3);
+        let buffer = Buffer::builder(&device, &comm, config(&case))
+            .build()
+            .unwrap();
+        let [expected, started] = [&task.words[0], &task.words[1]];
+        assert_eq!(buffer.plan().backend.name(), expected);
+        // Only rank 0 comes to the barrier: it ends by EP_TIMEOUT_MS.
+        if comm.rank() == 0 {
+            let before = Instant::now();
+            let stream = ep::Stream::new(&device).unwrap();
+            buffer.barrier(&stream, Duration::ZERO).unwrap();
+            let at_least = Duration::from_millis(started.parse().unwrap());
+            assert!((at_least..PATIENCE).contains(&before.elapsed()));
+            assert_eq!(buffer.faults().unwrap().len(), 2);
+        }
+        buffer.close().unwrap();
+        return;
+    }
+    let settings: [(&[(&str, &str)], &str); 4] = [
+        (&[], "malloc"),
+        (&[("EP_ALLOC", "posix-fd")], "posix_fd"),
+        (&[("MC_USE_NVLINK_IPC", "1")], "malloc"),
+        (
+            &[("EP_ALLOC", "posix-fd"), ("MC_USE_NVLINK_IPC", "1")],
+            "posix_fd",
+        ),
+    ];
+    for (variables, expected) in settings {
+        let port = free_port();
+        Processes::start(TEST, 3, &[expected, "300"], |rank, command| {
+            launched(command, rank, 3, &port);
+            command.env("EP_TIMEOUT_MS", "300");
+            command.envs(variables.iter().copied());
+        })
+        .succeed();
+    }
+}
+
+#[test]
+fn a_rank_with_nonsense_in_its_environment_tells_the_others() {
+    const TEST: &str = "a_rank_with_nonsense_in_its_environment_tells_the_others";
+    if let Some(task) = Task::of_this_process() {
+        let cluster = Cluster::hgx_h200(8).with_run_key(task.key);
+        let driver = SimDriver::for_rank(&cluster, task.rank as usize).unwrap();
+        let device = Device::host(driver, DeviceOrdinal(0));
+        let comm = Communicator::from_env().unwrap();
+        let builder = Buffer::builder(&device, &comm, config(&case(2)));
+        let error = builder.build().unwrap_err();
+        if task.rank == 1 {
+            assert!(explain(&error).contains(&task.words[0]), "{error}");
+        } else {
+            assert!(matches!(error, Error::Peer { peer: 1, .. }), "{error}");
+        }
+        return;
+    }
+    for (variable, value) in [("EP_ALLOC", "best"), ("EP_TIMEOUT_MS", "0")] {
+        let port = free_port();
+        Processes::start(TEST, 2, &[variable], |rank, command| {
+            launched(command, rank, 2, &port);
+            if rank == 1 {
+                command.env(variable, value);
+            }
+        })
+        .succeed();
+    }
+}
+
+#[test]
+fn a_process_that_dies_is_named_and_the_others_give_everything_back() {
+    const TEST: &str = "a_process_that_dies_is_named_and_the_others_give_everything_back";
+    if let Some(task) = Task::of_this_process() {
+        let choice = Choice::parse(&task.words[0]).unwrap();
+        let cluster = Cluster::hgx_h200(8).with_run_key(task.key);
+        let driver = SimDriver::for_rank(&cluster, task.rank as usize).unwrap();
+        let device = Device::host(driver.clone(), DeviceOrdinal(0));
+        let comm = task.meet(3).unwrap();
+        let case = case(3);
+        let short = Duration::from_millis(300);
+        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice).timeout(short)).unwrap();
+        comm.barrier(PATIENCE).unwrap();
+        if task.rank == 1 {
+            std::process::abort();
+        }
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        drop(rank.dispatch(&mut tensors).unwrap());
+        let faults = rank.buffer.faults().unwrap();
+        assert!(faults.iter().any(|fault| fault.rank == 1), "{faults:?}");
+        drop(tensors);
+        let before = Instant::now();
+        let error = explain(rank.buffer.close().unwrap_err());
+        assert!(before.elapsed() < PATIENCE, "{:?}", before.elapsed());
+        assert!(error.contains("rank 1"), "{error}");
+        drop(rank.stream);
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+        return;
+    }
+    for choice in ["malloc", "posix-fd"] {
+        Processes::start(TEST, 3, &[choice], |_, _| {}).survive(1);
+    }
+}
+
+#[test]
+fn a_rank_that_panics_does_not_hold_the_others_up() {
+    let (case, driver) = (case(2), host(2));
+    let started = Instant::now();
+    let outcomes = threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let rank = Rank::new(&device, &comm, &case).unwrap();
+        comm.barrier(PATIENCE).unwrap();
+        if comm.rank() == 0 {
+            return rank.buffer.close().map_err(explain);
+        }
+        let panics = std::panic::AssertUnwindSafe(|| {
+            let _comm = comm;
+            let _rank = rank;
+            panic!("as the test wants");
+        });
+        std::panic::catch_unwind(panics).unwrap_err();
+        Ok(())
+    });
+    let error = outcomes[0].as_ref().unwrap_err();
+    assert!(error.contains("rank 1"), "{error}");
+    assert!(started.elapsed() < PATIENCE);
+    // Each is a thread of the other's process: what the other might still write is lost, not freed.
+    let live = driver.live();
+    assert_eq!((live.allocations, live.total()), (2, 4), "{live:?}");
+}

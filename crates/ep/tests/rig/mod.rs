@@ -557,23 +557,25 @@ impl Processes {
         Self { ranks }
     }
 
-    /// Waits until all have ended, well. Gives what they printed.
-    pub(crate) fn succeed(mut self) -> Vec<String> {
-        self.ranks
-            .drain(..)
-            .enumerate()
-            .map(|(rank, child)| {
-                let output = child.wait_with_output().unwrap();
-                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-                let (told, warned) = (text(&output.stdout), text(&output.stderr));
-                assert!(
-                    output.status.success() && told.contains("1 passed"),
-                    "rank {rank} failed, {}\n{told}{warned}",
-                    output.status
-                );
-                told
-            })
-            .collect()
+    /// Waits until all have ended, well.
+    pub(crate) fn succeed(self) {
+        self.survive(usize::MAX);
+    }
+
+    /// Waits until all have ended: `victim` badly, the others well.
+    pub(crate) fn survive(mut self, victim: usize) {
+        for (rank, child) in self.ranks.drain(..).enumerate() {
+            let output = child.wait_with_output().unwrap();
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let (told, warned) = (text(&output.stdout), text(&output.stderr));
+            let well = output.status.success() && told.contains("1 passed");
+            assert_eq!(
+                well,
+                rank != victim,
+                "rank {rank}, {}\n{told}{warned}",
+                output.status
+            );
+        }
     }
 }
 
