@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ep_alloc::Plan;
 use ep_kernels::{LaunchError, Layout};
+use ep_peers::{Access, Reason};
 
 use crate::connection::Connection;
 use crate::dispatch::check_stream;
@@ -166,6 +167,34 @@ impl Buffer {
     /// The device.
     pub fn device(&self) -> &Device {
         &self.state.device
+    }
+
+    /// Connects anew after a change of membership, or after ranks fell out of step. Collective among
+    /// the ranks that remain: each gives a communicator of theirs, in which rank `i` is rank
+    /// `members[i]` of this buffer.
+    ///
+    /// Operations begin to count from 1, every rank's memory is as at first, and results that were
+    /// alive are lost: their handles are refused from now on. Ranks that are not members take no
+    /// part; tokens for their experts are skipped and reported. The memory stays where it is, and so
+    /// does the table of peers, so captured CUDA graphs stay valid.
+    ///
+    /// # Errors
+    /// Members that do not fit the communicator or this rank are refused, and nothing has changed.
+    /// After any other error operations are refused until a refresh succeeds.
+    pub fn refresh(&mut self, comm: &Communicator, members: &[u32]) -> Result<(), Error> {
+        let session = self.connection.session().next(comm, members)?;
+        // Whether it succeeds or not, what was alive is gone.
+        self.id = BufferId::new();
+        self.slots = Slots::new(self.config.slots);
+        let (state, plan) = (&self.state, &self.plan);
+        self.connection
+            .refresh(session, plan, || state.reset(members))
+            .map_err(|error| error.of_rank(state.rank))
+    }
+
+    /// Whether and how this rank reaches another, or why not.
+    pub fn access(&self, rank: u32) -> Result<Access, Reason> {
+        self.connection.access(self.rank(), rank)
     }
 
     /// Waits for the last stream and for the other ranks, and gives everything back.

@@ -9,7 +9,7 @@ use ep_alloc::{
 };
 use ep_peers::wire::{Facts, Identity, Refusal};
 use ep_peers::{Access, DescriptorError, Offer, Peers, Reason, Unreachable, connect};
-use ep_sys::{Call, DevicePtr, vmm};
+use ep_sys::{Call, DevicePtr};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::order::Order;
@@ -72,6 +72,10 @@ impl Connection {
         }
     }
 
+    pub(crate) fn session(&self) -> &Session {
+        &self.session
+    }
+
     pub(crate) fn order(&self) -> MutexGuard<'_, Order> {
         self.order.lock()
     }
@@ -88,19 +92,84 @@ impl Connection {
         ties.map_or(DevicePtr::NULL, |ties| ties.peers.device_ptr())
     }
 
+    /// Whether and how rank `from` reaches rank `to`.
+    pub(crate) fn access(&self, from: u32, to: u32) -> Result<Access, Reason> {
+        let ties = self.ties.as_ref();
+        ties.map_or(Err(Reason::Absent), |ties| ties.peers.verdict(from, to))
+    }
+
     /// Waits for the last stream, then for the other ranks, and gives peers and memory back.
     pub(crate) fn close(&mut self) -> Result<(), Error> {
         let Some(ties) = self.ties.take() else {
             return Ok(());
         };
-        let stream = self.order.get_mut().stream();
-        let finished = stream.map_or(Ok(()), Stream::synchronize);
+        let finished = self.finish();
         let left = ties.close(&self.session);
-        finished
+        finished.and(left)
+    }
+
+    /// Connects anew, with the members of the next session. Collective among them. What operations
+    /// use is put back by `reset` while nobody uses it.
+    ///
+    /// Until this succeeds, no operation is admitted.
+    pub(crate) fn refresh(
+        &mut self,
+        session: Session,
+        plan: &Plan,
+        reset: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let rank = session.rank();
+        let finished = self.finish();
+        self.order.get_mut().disconnect();
+        let Some(Ties { peers, memory }) = &mut self.ties else {
+            return Err(Error::NotConnected { rank });
+        };
+        session.agree("refresh", finished)?;
+        // From here on no member uses another's memory.
+        self.session = session;
+        let session = &self.session;
+        let generation = session.most("generation", peers.generation())?;
+        let export = memory.zero().and_then(|()| reset());
+        let export = export.and_then(|()| memory.export(rank));
+        let export = session.agree("memory", export)?;
+        let offer = memory.offer(export, generation.saturating_add(1));
+        let refreshed = session
+            .group()
+            .and_then(|group| peers.refresh(&group, offer, session.due()));
+        let refreshed = match refreshed {
+            Err(ep_peers::Error::Release { source, .. }) => {
+                tracing::error!(rank, error = %source, "a mapping from before was not given back");
+                Ok(())
+            }
+            refreshed => refreshed.map_err(|source| Error::Group { rank, source }),
+        };
+        session.agree("connecting", refreshed)?;
+        let members = session.members();
+        let pairs = members
+            .iter()
+            .flat_map(|&from| members.iter().map(move |&to| (from, to)));
+        for (from, to) in pairs {
+            if let Err(reason) = peers.verdict(from, to) {
+                let pair = Unreachable { from, to, reason };
+                let plan = Box::new(plan.clone());
+                return Err(Error::Unreachable { rank, pair, plan });
+            }
+        }
+        *self.order.get_mut() = Order::default();
+        Ok(())
+    }
+
+    /// Waits until the last operation has finished.
+    fn finish(&mut self) -> Result<(), Error> {
+        let stream = self.order.get_mut().stream();
+        stream
+            .map_or(Ok(()), Stream::synchronize)
             .map_err(|error| error.of_rank(self.session.rank()))
-            .and(left)
     }
 }
+
+/// The generation of a buffer's first connection.
+const FIRST: u64 = 1;
 
 impl Drop for Connection {
     fn drop(&mut self) {
@@ -109,6 +178,9 @@ impl Drop for Connection {
             // The others learn it when this rank's communicator goes; to wait for them would hide
             // the panic for as long as they go on.
             if let Some(Ties { peers, memory }) = self.ties.take() {
+                if let Err(error) = self.finish() {
+                    tracing::error!(rank, %error, "a stream did not finish");
+                }
                 drop(peers);
                 memory.give_up();
             }
@@ -131,10 +203,12 @@ impl Ties {
         let rank = session.rank();
         let offered = Symmetric::new(device, facts, rank, backend, bytes);
         let (memory, export) = session.agree("memory", offered)?;
-        let offer = memory.offer(export, facts, rank);
+        let offer = memory.offer(export, FIRST);
         let (driver, ordinal) = (device.driver(), device.ordinal());
-        let peers = connect(&session.group(), driver, ordinal, offer, session.due());
-        let peers = peers.map_err(|source| Error::Group { rank, source });
+        let peers = session
+            .group()
+            .and_then(|group| connect(&group, driver, ordinal, offer, session.due()))
+            .map_err(|source| Error::Group { rank, source });
         match session.agree("connecting", peers) {
             Ok(peers) => Ok(Self { peers, memory }),
             Err(error) => {
@@ -191,7 +265,9 @@ impl Ties {
     pub(crate) fn close(self, session: &Session) -> Result<(), Error> {
         let Self { peers, memory } = self;
         let rank = session.rank();
-        let left = peers.disconnect(&session.group(), session.due());
+        let left = session
+            .group()
+            .and_then(|group| peers.disconnect(&group, session.due()));
         let freed = match &left {
             // Every rank has given back its mapping, as far as its driver let it.
             Ok(()) | Err(ep_peers::Error::Release { .. }) => memory.allocation.close(),
@@ -209,6 +285,9 @@ impl Ties {
 #[derive(Debug)]
 struct Symmetric {
     allocation: Allocation,
+    device: Device,
+    /// Where this rank runs.
+    identity: Identity,
     /// Whether peers use the allocation itself, as threads of this process do with plain memory. All
     /// others have mappings that keep the memory behind them.
     is_direct: bool,
@@ -223,32 +302,43 @@ impl Symmetric {
         backend: BackendKind,
         bytes: u64,
     ) -> Result<(Self, Export), Error> {
-        let memory = |source| Error::Memory { rank, source };
         let (driver, ordinal) = (device.driver(), device.ordinal());
-        let allocation = Allocation::new(driver, ordinal, backend, bytes, false).map_err(memory)?;
-        let zeroed = vmm::Stream::new(driver, ordinal).and_then(|stream| {
-            let (ptr, bytes) = (allocation.ptr(), allocation.bytes());
-            driver.fill(ordinal, ptr, 0, bytes, stream.handle())?;
-            stream.synchronize()?;
-            stream.close()
-        });
-        zeroed.map_err(Error::driver("zeroing symmetric memory"))?;
-        let export = allocation.export().map_err(memory)?;
+        let allocation = Allocation::new(driver, ordinal, backend, bytes, false)
+            .map_err(|source| Error::Memory { rank, source })?;
         let own = &facts[rank as usize];
-        let is_thread = |other: &&RankFacts| {
+        let is_thread = |other: &RankFacts| {
             other.rank != rank && other.process == own.process && other.same_host(own)
         };
-        let is_direct =
-            backend == BackendKind::Malloc && facts.iter().any(|other| is_thread(&other));
-        let symmetric = Self {
+        let memory = Self {
             allocation,
-            is_direct,
+            device: device.clone(),
+            identity: Identity {
+                host: own.host_id,
+                process: own.process,
+                gpu: own.gpu_uuid,
+                clique: own.clique(),
+            },
+            is_direct: backend == BackendKind::Malloc && facts.iter().any(is_thread),
         };
-        Ok((symmetric, export))
+        memory.zero()?;
+        let export = memory.export(rank)?;
+        Ok((memory, export))
     }
 
-    fn offer(&self, export: Export, facts: &[RankFacts], rank: u32) -> Offer {
-        let own = &facts[rank as usize];
+    /// Zeroes all of it, and waits until that is done.
+    fn zero(&self) -> Result<(), Error> {
+        let (ptr, bytes) = (self.allocation.ptr(), self.allocation.bytes());
+        self.device
+            .zero(ptr, bytes)
+            .map_err(Error::driver("zeroing symmetric memory"))
+    }
+
+    fn export(&self, rank: u32) -> Result<Export, Error> {
+        let exported = self.allocation.export();
+        exported.map_err(|source| Error::Memory { rank, source })
+    }
+
+    fn offer(&self, export: Export, generation: u64) -> Offer {
         Offer {
             export: match export {
                 Export::Fabric(handle) => ep_peers::Export::Fabric(handle),
@@ -258,13 +348,8 @@ impl Symmetric {
             base: self.allocation.ptr(),
             bytes: self.allocation.bytes(),
             granularity: self.allocation.granularity(),
-            generation: 1,
-            identity: Identity {
-                host: own.host_id,
-                process: own.process,
-                gpu: own.gpu_uuid,
-                clique: own.clique(),
-            },
+            generation,
+            identity: self.identity,
             digest: 0,
             facts: Facts::EMPTY,
         }

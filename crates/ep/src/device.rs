@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, OnceLock};
 
 use ep_kernels::{HostKernels, Kernels};
-use ep_sys::{Bytes16, DeviceOrdinal, Driver};
+use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, vmm};
 
 /// A GPU, real or simulated, and the kernels that run on it. Cheap to clone.
 ///
@@ -94,6 +94,15 @@ impl Device {
 
     pub(crate) fn kernels(&self) -> &dyn Kernels {
         &*self.shared.kernels
+    }
+
+    /// Zeroes memory that this device can write, and waits until that is done.
+    pub(crate) fn zero(&self, ptr: DevicePtr, bytes: u64) -> ep_sys::Result<()> {
+        let (driver, ordinal) = (self.driver(), self.ordinal());
+        let stream = vmm::Stream::new(driver, ordinal)?;
+        driver.fill(ordinal, ptr, 0, bytes, stream.handle())?;
+        stream.synchronize()?;
+        stream.close()
     }
 
     pub(crate) fn can_run(&self) -> bool {

@@ -185,14 +185,31 @@ pub enum Error {
     },
     /// An operation was sent and never received, so this rank is out of step with the others.
     #[error(
-        "rank {rank}: a {operation} was sent and dropped without being received; build the buffer \
-         again"
+        "rank {rank}: a {operation} was sent and dropped without being received; refresh the buffer \
+         on every rank, or build it again"
     )]
     Abandoned {
         /// This rank.
         rank: u32,
         /// The operation.
         operation: Operation,
+    },
+    /// A refresh failed, so no peer is connected.
+    #[error("rank {rank}: no peer is connected since a refresh failed; refresh the buffer again")]
+    NotConnected {
+        /// This rank.
+        rank: u32,
+    },
+    /// A refresh with a communicator in which this rank has another's place.
+    #[error(
+        "rank {rank} is named {named} in the new group; member i is the rank whose communicator has \
+         rank i"
+    )]
+    NotMember {
+        /// This rank.
+        rank: u32,
+        /// The rank that stands in its place.
+        named: u32,
     },
     /// An environment variable is missing or has a value that means nothing.
     #[error("{variable} {}; set it to {expected}", Found(value))]

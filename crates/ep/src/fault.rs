@@ -9,7 +9,7 @@ use ep_kernels::ffi::{self, EP_FAULT_BYTES, EP_FAULT_RING};
 use ep_sys::vmm::HostBuffer;
 use ep_sys::{DeviceOrdinal, Driver};
 
-use crate::Error;
+use crate::{Device, Error};
 
 /// An operation of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -228,6 +228,12 @@ impl Ring {
     /// Its address on the device.
     pub(crate) fn device_address(&self) -> u64 {
         self.memory.memory().device.0
+    }
+
+    /// Forgets all records. Nothing writes any meanwhile.
+    pub(crate) fn clear(&self, device: &Device) -> ep_sys::Result<()> {
+        let memory = self.memory.memory();
+        device.zero(memory.device, memory.bytes)
     }
 
     /// The records that stand, oldest first. One that is being written, or that no longer belongs to

@@ -12,8 +12,17 @@ pub(crate) struct Order {
     last: Option<(Operation, u64)>,
     /// The stream that it is on.
     stream: Option<Stream>,
-    /// An operation that was sent and will never be received.
-    abandoned: Option<Operation>,
+    /// Why no operation is admitted any more.
+    ended: Option<End>,
+}
+
+/// What ends a sequence of operations.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// An operation was sent and will never be received.
+    Abandoned(Operation),
+    /// The peers are not connected.
+    Disconnected,
 }
 
 /// Operations of one kind. Kernels count the same, each part for itself.
@@ -43,8 +52,10 @@ impl Order {
         parts: Parts,
         limit: u64,
     ) -> Result<(), Error> {
-        if let Some(operation) = self.abandoned {
-            return Err(Error::Abandoned { rank, operation });
+        match self.ended {
+            None => {}
+            Some(End::Abandoned(operation)) => return Err(Error::Abandoned { rank, operation }),
+            Some(End::Disconnected) => return Err(Error::NotConnected { rank }),
         }
         let Sequence { sent, received } = *self.sequence(operation);
         let pending = sent - received;
@@ -89,7 +100,11 @@ impl Order {
     }
 
     pub(crate) fn abandon(&mut self, operation: Operation) {
-        self.abandoned.get_or_insert(operation);
+        self.ended.get_or_insert(End::Abandoned(operation));
+    }
+
+    pub(crate) fn disconnect(&mut self) {
+        self.ended = Some(End::Disconnected);
     }
 
     pub(crate) fn last(&self) -> Option<(Operation, u64)> {

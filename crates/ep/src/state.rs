@@ -37,7 +37,8 @@ impl DeviceState {
         let (driver, ordinal) = (device.driver(), device.ordinal());
         let allocate = || -> ep_sys::Result<_> {
             let control = DeviceMemory::new(driver, ordinal, shape.control_bytes())?;
-            driver.copy_to_device(ordinal, control.ptr(), &control_image(&shape))?;
+            let image = control_image(&shape, |_| true);
+            driver.copy_to_device(ordinal, control.ptr(), &image)?;
             let slots = SlotMemory::new(device, &shape)?;
             Ok((control, slots, Ring::new(driver, ordinal)?))
         };
@@ -53,6 +54,16 @@ impl DeviceState {
             faults,
             slots,
         })
+    }
+
+    /// Puts everything back as it was at first, for a group of these ranks.
+    pub(crate) fn reset(&self, members: &[u32]) -> Result<(), Error> {
+        let image = control_image(&self.shape, |rank| members.contains(&rank));
+        let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
+        driver
+            .copy_to_device(ordinal, self.control.ptr(), &image)
+            .and_then(|()| self.faults.clear(&self.device))
+            .map_err(Error::driver("resetting what operations use"))
     }
 
     pub(crate) fn control(&self) -> DevicePtr {
@@ -83,9 +94,10 @@ impl DeviceState {
     }
 }
 
-/// A control block in which every rank takes part and nothing has happened yet.
-fn control_image(shape: &Shape) -> Vec<u8> {
-    let mut image = [1, 0, 0, 0].repeat(shape.num_ranks as usize);
+/// A control block for a group of these ranks, in which nothing has happened yet.
+fn control_image(shape: &Shape, is_member: impl Fn(u32) -> bool) -> Vec<u8> {
+    let active = |rank| u32::from(is_member(rank)).to_le_bytes();
+    let mut image: Vec<u8> = (0..shape.num_ranks).flat_map(active).collect();
     image.resize(shape.control_bytes() as usize, 0);
     image
 }

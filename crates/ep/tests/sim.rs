@@ -419,6 +419,18 @@ fn tensors_take_what_fits_them() {
     assert_eq!(empty.copy_to_host::<f32>().unwrap(), []);
 }
 
+/// What threads of a server share or hand on.
+#[test]
+fn threads_may_share_a_buffer() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Buffer>();
+    shared::<Communicator>();
+    shared::<Device>();
+    shared::<ep::Handle>();
+    shared::<ep::Stream>();
+    shared::<Tensor>();
+}
+
 type Change = fn(&mut Config);
 
 #[test]
@@ -538,11 +550,11 @@ fn a_rank_that_never_comes_is_named_within_the_deadline() {
     let outcomes = threads(3, |comm| {
         if comm.rank() == 1 {
             // Keeps its membership, so that only the deadline can tell.
-            std::thread::sleep(Duration::from_secs(2));
+            std::thread::sleep(Duration::from_secs(3));
             return String::new();
         }
         let device = device(&driver, &comm);
-        let soon = Duration::from_millis(300);
+        let soon = Duration::from_secs(1);
         let rank = Rank::with(&device, &comm, &case, |b| b.deadline(soon));
         explain(rank.err().unwrap())
     });
@@ -709,7 +721,7 @@ fn a_rank_that_is_late_is_reported_and_the_group_goes_on() {
     let (case, driver) = (case(3), host(3));
     threads(3, |comm| {
         let device = device(&driver, &comm);
-        let short = Duration::from_millis(200);
+        let short = Duration::from_secs(1);
         let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
         let late = comm.rank() == 2;
         comm.barrier(PATIENCE).unwrap();
@@ -1084,4 +1096,155 @@ fn a_rank_that_panics_does_not_hold_the_others_up() {
     // Each is a thread of the other's process: what the other might still write is lost, not freed.
     let live = driver.live();
     assert_eq!((live.allocations, live.total()), (2, 4), "{live:?}");
+}
+
+/// Ranks `members` of a group, and for each its place among them and a communicator of theirs.
+fn regroup(members: &[u32]) -> Vec<(u32, Communicator)> {
+    let comms = Communicator::threads(members.len().try_into().unwrap());
+    members.iter().copied().zip(comms).collect()
+}
+
+#[test]
+fn ranks_that_fell_out_of_step_begin_anew() {
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let mut rank = Rank::new(&device, &comm, &case).unwrap();
+        rank.run(3, Order::Fused).unwrap();
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let kept = rank.dispatch(&mut tensors).unwrap();
+        if comm.rank() == 0 {
+            drop(rank.dispatch_send(&tensors).unwrap());
+            assert!(rank.dispatch(&mut tensors).is_err());
+        }
+        drop(oracle);
+        for _ in 0..2 {
+            rank.buffer.refresh(&comm, &[0, 1]).unwrap();
+            for order in [Order::Fused, Order::Nested, Order::Overlapped] {
+                rank.run(2, order).unwrap();
+            }
+        }
+        assert!(rank.buffer.faults().unwrap().is_empty());
+
+        // What was alive before is refused, and its slot is not held.
+        let rejected = rank.combine(kept, &mut tensors).unwrap_err();
+        assert!(matches!(rejected, Error::ForeignHandle { .. }));
+        rank.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn members_are_checked_before_anything_changes() {
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let mut rank = Rank::new(&device, &comm, &case).unwrap();
+        let mut refused = |members: &[u32]| {
+            let error = rank.buffer.refresh(&comm, members).unwrap_err();
+            explain(error)
+        };
+        assert!(refused(&[0]).contains("members [0]"));
+        assert!(refused(&[0, 0]).contains("members [0, 0]"));
+        assert!(refused(&[0, 2]).contains("members [0, 2]"));
+        assert!(refused(&[1, 0]).contains("in the new group"));
+        rank.run(2, Order::Nested).unwrap();
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn the_others_go_on_when_a_rank_is_gone() {
+    let cluster = Cluster::hgx_h200(3).with_run_key(u64::from(std::process::id()) << 8 | 0xff);
+    let case = case(3);
+    let mut survivors = regroup(&[0, 2]);
+    let smaller = std::sync::Mutex::new(&mut survivors);
+    threads(3, |comm| {
+        let me = comm.rank();
+        // A process each, as their drivers see it, and memory that outlives its owner's mapping.
+        let driver = SimDriver::for_rank(&cluster, me as usize).unwrap();
+        let device = Device::host(driver.clone(), DeviceOrdinal(0));
+        let choice = Choice::Force(BackendKind::PosixFd);
+        let mut rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice)).unwrap();
+        rank.run(2, Order::Fused).unwrap();
+        comm.barrier(PATIENCE).unwrap();
+        if me == 1 {
+            let panics = std::panic::AssertUnwindSafe(|| {
+                let _comm = comm;
+                let _rank = rank;
+                panic!("as the test wants");
+            });
+            std::panic::catch_unwind(panics).unwrap_err();
+            assert!(driver.live().is_empty(), "{:?}", driver.live());
+            return;
+        }
+        let members = [0, 2];
+        let theirs = {
+            let mut survivors = smaller.lock().unwrap();
+            let place = survivors.iter().position(|(rank, _)| *rank == me).unwrap();
+            survivors.remove(place).1
+        };
+        rank.buffer.refresh(&theirs, &members).unwrap();
+        assert!(rank.buffer.access(1).is_err());
+        assert!(rank.buffer.access(2).is_ok());
+
+        let inputs = case.inputs(0);
+        let left = common::Links::all(3).without(1);
+        let oracle = common::Oracle::new(&case, 0, &inputs, left);
+        for round in 1..4 {
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let handle = rank.dispatch(&mut tensors).unwrap();
+            assert_eq!(handle.epoch(), round);
+            rank.compare_dispatch(&oracle, &tensors).unwrap();
+            for fault in rank.buffer.status_of(&handle).unwrap().faults {
+                assert!(
+                    matches!(fault.kind, FaultKind::Unreachable { .. }),
+                    "{fault}"
+                );
+                assert_eq!(fault.rank, 1);
+            }
+            rank.experts(&oracle, &mut tensors).unwrap();
+            rank.combine(handle, &mut tensors).unwrap();
+            rank.compare_combine(&oracle, &tensors).unwrap();
+        }
+        rank.buffer.close().unwrap();
+        drop(rank.stream);
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+    });
+}
+
+#[test]
+fn a_refresh_that_fails_can_be_done_again() {
+    let (case, driver) = (case(2), host(2));
+    let again = std::sync::Mutex::new(regroup(&[0, 1]));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let soon = Duration::from_secs(1);
+        let set = |b: ep::BufferBuilder| b.deadline(soon);
+        let mut rank = Rank::with(&device, &comm, &case, set).unwrap();
+        comm.barrier(PATIENCE).unwrap();
+        if comm.rank() == 0 {
+            let error = explain(rank.buffer.refresh(&comm, &[0, 1]).unwrap_err());
+            assert!(error.contains("rank 1 did not arrive"), "{error}");
+            let inputs = case.inputs(0);
+            let oracle = rank.oracle(0, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let refused = rank.dispatch(&mut tensors).unwrap_err();
+            assert!(matches!(refused, Error::NotConnected { rank: 0 }));
+        } else {
+            std::thread::sleep(2 * soon);
+        }
+        let theirs = {
+            let mut again = again.lock().unwrap();
+            let place = again.iter().position(|(rank, _)| *rank == comm.rank());
+            again.remove(place.unwrap()).1
+        };
+        theirs.barrier(PATIENCE).unwrap();
+        rank.buffer.refresh(&theirs, &[0, 1]).unwrap();
+        rank.run(2, Order::Fused).unwrap();
+        rank.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
 }
