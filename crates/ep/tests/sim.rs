@@ -107,23 +107,25 @@ proptest! {
     }
 }
 
-/// Clusters on which the policy, or an override, gives each kind of memory, and what it is called.
-fn kinds(nodes: u32) -> [(Cluster, Choice, BackendKind); 4] {
-    let private = Cluster::hgx_h200(8).map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+/// Clusters on which the policy, or an override, gives each kind of memory, and which.
+fn kinds() -> [(Cluster, Choice, BackendKind); 5] {
+    let (host, rack) = (Cluster::hgx_h200(8), Cluster::gb200_nvl72(2));
+    let private = host
+        .clone()
+        .map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+    let force = Choice::Force;
     [
-        (Cluster::hgx_h200(8), Choice::Auto, BackendKind::Malloc),
-        (
-            Cluster::hgx_h200(8),
-            Choice::Force(BackendKind::PosixFd),
-            BackendKind::PosixFd,
-        ),
+        (host.clone(), Choice::Auto, BackendKind::Malloc),
+        (host, force(BackendKind::PosixFd), BackendKind::PosixFd),
         // CUDA IPC is refused between containers: found by importing, then decided anew.
         (private, Choice::Auto, BackendKind::PosixFd),
         (
-            Cluster::gb200_nvl72(nodes),
-            Choice::Auto,
+            rack.clone(),
+            force(BackendKind::Fabric),
             BackendKind::Fabric,
         ),
+        // Where the ranks are on both nodes of the rack.
+        (rack, Choice::Auto, BackendKind::Fabric),
     ]
 }
 
@@ -151,9 +153,8 @@ fn as_a_process(
 
 #[test]
 fn every_kind_of_memory_over_threads() {
-    for (kind, (cluster, choice, expected)) in (0..).zip(kinds(2)) {
+    for (kind, (cluster, choice, expected)) in (0..).zip(kinds()) {
         let cluster = cluster.with_run_key(u64::from(std::process::id()) << 8 | kind);
-        // Fabric over both nodes of the rack.
         let case = case(6);
         let outcomes = threads(case.ranks, |comm| {
             let driver = SimDriver::for_rank(&cluster, comm.rank() as usize).unwrap();
@@ -168,24 +169,17 @@ fn every_kind_of_memory_over_processes() {
     const TEST: &str = "every_kind_of_memory_over_processes";
     if let Some(task) = Task::of_this_process() {
         let [kind, ranks] = [0, 1].map(|i| task.words[i].parse::<usize>().unwrap());
-        let (cluster, choice, expected) = kinds(1).into_iter().nth(kind).unwrap();
+        let (cluster, choice, expected) = kinds().into_iter().nth(kind).unwrap();
         let cluster = cluster.with_run_key(task.key);
         let driver = SimDriver::for_rank(&cluster, task.rank as usize).unwrap();
         let comm = task.meet(ranks).unwrap();
-        // One process to a node: ranks 0 and 1 of two racks' nodes would be too few for fabric.
-        let expected = match expected {
-            BackendKind::Fabric => BackendKind::Malloc,
-            other => other,
-        };
         as_a_process(&driver, &comm, &case(ranks), choice, expected).unwrap();
         return;
     }
-    for kind in 0..3 {
-        for ranks in [2, 4] {
-            let task = [kind.to_string(), ranks.to_string()];
-            let task = [task[0].as_str(), task[1].as_str()];
-            Processes::start(TEST, ranks, &task, |_, _| {}).succeed();
-        }
+    for (kind, ranks) in [(0, 4), (1, 2), (1, 4), (2, 4), (3, 4), (4, 6)] {
+        let task = [kind.to_string(), ranks.to_string()];
+        let task = [task[0].as_str(), task[1].as_str()];
+        Processes::start(TEST, ranks, &task, |_, _| {}).succeed();
     }
 }
 
