@@ -1242,3 +1242,20 @@ fn a_refresh_that_fails_can_be_done_again() {
     });
     assert!(driver.live().is_empty());
 }
+
+#[test]
+fn a_whole_rack_dispatches_and_combines() {
+    let cluster = Cluster::gb200_nvl72(18).with_run_key(std::process::id().into());
+    let case = Case {
+        experts: 72,
+        hidden: 128,
+        max_tokens: 2,
+        tokens: (0..72).map(|rank| rank % 3).collect(),
+        ..case(72)
+    };
+    let outcomes = threads(case.ranks, |comm| {
+        let driver = SimDriver::for_rank(&cluster, comm.rank() as usize).unwrap();
+        as_a_process(&driver, &comm, &case, Choice::Auto, BackendKind::Fabric)
+    });
+    all_well(outcomes).unwrap();
+}
