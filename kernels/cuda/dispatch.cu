@@ -37,6 +37,7 @@ constexpr uint32_t kCountedBarrier = 2;
 constexpr uint32_t kRoutedBarrier = 3;  // and 4: by batch parity
 constexpr uint32_t kFreeBarrier = 5;    // and 6
 constexpr uint32_t kReadBarrier = 7;
+constexpr uint32_t kMeetBarrier = 8;  // the whole block, each task at its own place
 
 constexpr uint32_t kBatch = 4;  // tokens routed at once
 constexpr uint32_t kLoads = 4;  // line loads in flight per lane and unit of placing
@@ -905,7 +906,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (lane == 1) fixed->recv_epoch = epoch;
     if (lane == 2) arch::mbarrier_init(&fixed->placeable, kReaders);
   }
-  auto meet = [] { __syncthreads(); };
+  auto meet = [] { arch::bar_sync(kMeetBarrier, kThreads); };
   if (warp < kSenderWarps) {
     if (sends) return send(p, s, meet);
     meet();

@@ -20,8 +20,9 @@ struct PartState {
 // Behind the participation table, at a multiple of 128 bytes. Then, per part and peer, one verdict.
 struct ControlFixed {
   PartState part[kParts];
-  uint64_t faults;               // records written so far
+  uint64_t faults;               // records begun so far
   uint64_t any_verdict[kParts];  // epoch << 2 of the last operation in which a peer was closed
+  uint64_t fault_laps[EP_FAULT_RING];  // records completed in each place of the ring
 };
 static_assert(sizeof(ControlFixed) <= EP_CONTROL_FIXED_BYTES - 128);
 
@@ -83,8 +84,13 @@ __device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t
                                              uint32_t fault, uint32_t phase, uint32_t peer,
                                              uint64_t token, int64_t value) {
   const Control control(g);
-  const uint64_t n = arch::atom_add_relaxed_gpu_u64(&control.fixed()->faults, 1);
-  ep_fault* f = reinterpret_cast<ep_fault*>(g.faults) + n % EP_FAULT_RING;
+  ControlFixed* fixed = control.fixed();
+  const uint64_t n = arch::atom_add_relaxed_gpu_u64(&fixed->faults, 1);
+  const uint32_t place = n % EP_FAULT_RING;
+  // Whoever writes to this place first has already begun.
+  while (arch::ld_acquire_gpu_u64(&fixed->fault_laps[place]) != n / EP_FAULT_RING) {
+  }
+  ep_fault* f = reinterpret_cast<ep_fault*>(g.faults) + place;
   // A reader that sees 0, or another sequence after than before, drops the record.
   arch::st_release_sys_u64(&f->sequence, 0);
   f->epoch = epoch;
@@ -95,6 +101,7 @@ __device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t
   f->token = token;
   f->value = value;
   arch::st_release_sys_u64(&f->sequence, n + 1);
+  arch::st_release_gpu_u64(&fixed->fault_laps[place], n / EP_FAULT_RING + 1);
 }
 
 // At most one record of this peer in this part of this operation.

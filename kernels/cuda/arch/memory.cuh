@@ -24,6 +24,12 @@ __device__ __forceinline__ uint64_t ld_relaxed_gpu_u64(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ uint64_t ld_acquire_gpu_u64(const void* p) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 ld_relaxed_sys_v4(const void* p) {
   uint4 v;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -64,6 +70,10 @@ __device__ __forceinline__ void st_relaxed_sys_u64(void* p, uint64_t v) {
 
 __device__ __forceinline__ void st_release_sys_u64(void* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+__device__ __forceinline__ void st_release_gpu_u64(void* p, uint64_t v) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 __device__ __forceinline__ void st_relaxed_gpu_u64(void* p, uint64_t v) {
