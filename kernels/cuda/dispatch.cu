@@ -10,8 +10,6 @@
 //   placers   take a row's lines as they arrive and copy them to the row's experts.
 // The last block first tells every rank its counts.
 
-#include <cuda_bf16.h>
-
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
 #include "group.cuh"

@@ -5,10 +5,9 @@
 // its own. A lane's 16-byte piece is data, but for the last, which is 8 bytes of data and the
 // epoch.
 //
-// A row of 16-byte units (the body) and 8-byte units (what precedes the tail: scales) fills n
-// lines: piece p < 7 of line i carries body unit 7 i + p, so that bodies are copied 16 aligned
-// bytes at a time; the 8-byte pieces carry, in order, the scales and then the body units beyond 7
-// n, in halves.
+// A row of 16-byte units (the body) and 8-byte units (the scales) fills n lines: piece p < 7 of
+// line i carries body unit 7 i + p, so that bodies are copied 16 aligned bytes at a time; the
+// 8-byte pieces carry, in order, the scales and then the body units beyond 7 n, in halves.
 #pragma once
 
 #include "arch/memory.cuh"
@@ -34,9 +33,6 @@ struct RowShape {
 };
 
 __host__ __device__ constexpr RowShape bf16_row(uint32_t hidden) { return {hidden / 8, 0}; }
-__host__ __device__ constexpr RowShape fp8_row(uint32_t hidden) {
-  return {hidden / 16, div_up(hidden / 128, 2)};
-}
 
 struct LaneInLine {
   uint32_t line;   // of the four that the warp handles at once
