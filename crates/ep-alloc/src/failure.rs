@@ -44,11 +44,18 @@ impl Failure {
         }
     }
 
-    /// Whether this is how the driver refuses fabric memory to a process without an IMEX channel.
+    /// Whether this is how the driver refuses fabric memory to a process without an IMEX channel:
+    /// 800 when it is created, 801 when a handle is imported (measured with driver 580).
     pub fn asks_for_imex(self, kind: BackendKind) -> bool {
+        let Cause::Status(status) = self.cause else {
+            return false;
+        };
         kind == BackendKind::Fabric
-            && matches!(self.call, Call::MemCreate | Call::MemImport)
-            && self.cause == Cause::Status(Status::NOT_PERMITTED)
+            && match self.call {
+                Call::MemCreate => status == Status::NOT_PERMITTED,
+                Call::MemImport => matches!(status, Status::NOT_PERMITTED | Status::NOT_SUPPORTED),
+                _ => false,
+            }
     }
 
     /// What it means in words, where backend, call and status tell. `no_imex`: the process sees no

@@ -46,24 +46,22 @@ fn trials_say_what_the_node_does() {
     let sealed = tray.clone().map_nodes(|node| node.imex_channel = false);
     assert_eq!(
         probed(&sealed, false).trials.fabric,
-        Trial::Refused(status(Call::MemImport, 800))
+        Trial::Refused(status(Call::MemImport, 801))
     );
 }
 
 #[test]
 fn the_rdma_flag_is_asked_for_when_wanted_and_nominated() {
-    let with_nic = Cluster::hgx_h200_nodes(1, 1, 1);
-    let without = Cluster::hgx_h200(1);
-    assert_eq!(probed(&with_nic, false).trials.posix_fd, OK);
-    assert_eq!(
-        probed(&with_nic, true).trials.posix_fd,
-        Trial::Ok { gdr: true }
-    );
-    assert_eq!(probed(&with_nic, true).trials.malloc, OK);
+    let with = Cluster::hgx_h200(1);
+    let without = Cluster::hgx_h200(1).map_gpus(|gpu| gpu.gdr_attribute = false);
+    assert_eq!(probed(&with, false).trials.posix_fd, OK);
+    assert_eq!(probed(&with, true).trials.posix_fd, Trial::Ok { gdr: true });
+    assert_eq!(probed(&with, true).trials.malloc, OK);
     assert_eq!(probed(&without, true).trials.posix_fd, OK);
 
     // Without the attribute the flag is not even tried.
-    let sim = SimDriver::new(&Cluster::gb200_nvl72(1), 0, &[0]);
+    let tray = Cluster::gb200_nvl72(1).map_gpus(|gpu| gpu.gdr_attribute = false);
+    let sim = SimDriver::new(&tray, 0, &[0]);
     let driver: Arc<dyn Driver> = sim.clone();
     probe(&driver, DEVICE, &ProbeOptions { gdr: true });
     assert!(
@@ -72,7 +70,7 @@ fn the_rdma_flag_is_asked_for_when_wanted_and_nominated() {
             .all(|entry| entry.outcome == Outcome::Done)
     );
 
-    for (cluster, gdr) in [(with_nic, true), (without, false)] {
+    for (cluster, gdr) in [(with, true), (without, false)] {
         let driver = rank(&cluster, 0);
         let memory = Allocation::new(&driver, DEVICE, BackendKind::PosixFd, 1, true).unwrap();
         assert_eq!(memory.gdr(), gdr);
