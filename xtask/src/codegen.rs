@@ -49,21 +49,13 @@ fn generate(repo: &Repo) -> Result<String> {
     let libclang = libclang(repo)?;
     // The wheel of libclang has no headers of its own; those of the system's compiler do.
     let builtin = cmd!(sh, "cc -print-file-name=include").quiet().read()?;
-    // Run once on one file: optimising it takes longer than it runs.
-    let quick = r#"profile.dev.package."*".opt-level=0"#;
-    let bindings = cmd!(sh, "cargo run --quiet --config {quick}")
-        .args([
-            "--package",
-            "xtask",
-            "--features",
-            "bindgen",
-            "--bin",
-            "bindings",
-            "--",
-        ])
-        .args([header.as_os_str(), "-isystem".as_ref(), builtin.as_ref()])
-        .env("LIBCLANG_PATH", libclang)
-        .read()?;
+    let bindings = cmd!(
+        sh,
+        "cargo run --quiet --package xtask --features bindgen --bin bindings --"
+    )
+    .args([header.as_os_str(), "-isystem".as_ref(), builtin.as_ref()])
+    .env("LIBCLANG_PATH", libclang)
+    .read()?;
     // The launchers exist where the CUDA kernels are linked.
     let bindings = bindings.replace("unsafe extern", "#[cfg(feature = \"cuda\")] unsafe extern");
     let formatted = cmd!(sh, "rustfmt --edition 2024 --emit stdout")
