@@ -127,7 +127,7 @@ fn a_rack_of_72_meets() {
 // ---- The bad cases ----
 
 /// Starts survivors and one process that spoils their group, and holds the survivors to their word:
-/// an error with `expected` in it, in time.
+/// an error with `expected` in it, or with one of the texts that " | " separates there, in time.
 fn spoil(bad_rank: u32, role: Option<&str>, expected: &str) {
     let groups = TRANSPORTS.map(|transport| {
         let place = meeting_place(transport);
@@ -147,7 +147,8 @@ fn spoil(bad_rank: u32, role: Option<&str>, expected: &str) {
         for (rank, survivor) in survivors {
             let report = survivor.report().expect("a survivor reports");
             assert!(
-                report.starts_with("in time: ") && report.contains(expected),
+                report.starts_with("in time: ")
+                    && expected.split(" | ").any(|text| report.contains(text)),
                 "{transport}, rank {rank}: {report}"
             );
         }
@@ -312,8 +313,11 @@ macro_rules! spoiled {
 
 spoiled! {
     never_comes: 3, None => "rank 3 did not arrive at step rendezvous within ";
+    // Whoever comes last ends the rendezvous: then its death shows in the next step.
     dies_at_the_rendezvous: 3, Some("dies before the rendezvous ends")
-        => "rank 3 closed its connection at step rendezvous";
+        => "rank 3 closed its connection at step rendezvous | \
+            rank 3 closed its connection at step handles | \
+            rank 3 broke its connection at step handles";
     hello_of_another_version: 3, Some("hello of another version")
         => "rank 3 speaks version 2 of the exchange at step rendezvous, the group version 1";
     foreign_hello: 3, Some("foreign hello") => "rank 3 did not arrive at step rendezvous";
