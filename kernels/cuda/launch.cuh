@@ -82,6 +82,7 @@ cudaError_t load(Kernel*... kernels) {
 cudaError_t load_dispatch();
 cudaError_t load_combine();
 cudaError_t load_barrier();
+cudaError_t load_empty();
 cudaError_t load_experts();
 
 }  // namespace ep

@@ -11,6 +11,7 @@ extern "C" int32_t ep_kernels_load(int32_t device, int32_t* cuda_error) {
   if (e == cudaSuccess) e = load_dispatch();
   if (e == cudaSuccess) e = load_combine();
   if (e == cudaSuccess) e = load_barrier();
+  if (e == cudaSuccess) e = load_empty();
   if (e == cudaSuccess) e = load_experts();
   return status_of(e, cuda_error);
 }

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define EP_KERNELS_ABI_VERSION 1u
+#define EP_KERNELS_ABI_VERSION 2u
 
 /* Limits of the wire format: an entry packs a local expert into 11 bits, a top-k index into 5 and a
  * position within (source, expert) into 16. */
@@ -217,6 +217,12 @@ typedef struct ep_barrier_args {
   uint64_t spin_ns;
 } ep_barrier_args;
 
+/* A kernel of one block that does nothing: what a timed launch costs by itself. */
+typedef struct ep_empty_args {
+  uint32_t struct_size;
+  int32_t device;
+} ep_empty_args;
+
 uint32_t ep_kernels_abi_version(void);
 
 /* Loads every kernel onto a device. CUDA otherwise loads a kernel at its first launch and waits for
@@ -227,6 +233,7 @@ int32_t ep_kernels_load(int32_t device, int32_t* cuda_error);
 int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream, int32_t* cuda_error);
 int32_t ep_combine_launch(const ep_combine_args* args, void* stream, int32_t* cuda_error);
 int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream, int32_t* cuda_error);
+int32_t ep_empty_launch(const ep_empty_args* args, void* stream, int32_t* cuda_error);
 
 /* For the demo's experts, on device memory of [rows, ...]:
  * ep_dequantize_launch: E4M3 [rows, H] with scales of stride `scale_stride` between channel blocks

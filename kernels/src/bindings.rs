@@ -6,7 +6,7 @@
     reason = "what bindgen writes; the functions are unsafe to call"
 )]
 
-pub const EP_KERNELS_ABI_VERSION: u32 = 1;
+pub const EP_KERNELS_ABI_VERSION: u32 = 2;
 pub const EP_MAX_LOCAL_EXPERTS: u32 = 2048;
 pub const EP_MAX_EXPERTS: u32 = 8192;
 pub const EP_MAX_TOP_K: u32 = 32;
@@ -306,6 +306,21 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
+pub struct ep_empty_args {
+    pub struct_size: u32,
+    pub device: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ep_empty_args"][::core::mem::size_of::<ep_empty_args>() - 8usize];
+    ["Alignment of ep_empty_args"][::core::mem::align_of::<ep_empty_args>() - 4usize];
+    ["Offset of field: ep_empty_args::struct_size"]
+        [::core::mem::offset_of!(ep_empty_args, struct_size) - 0usize];
+    ["Offset of field: ep_empty_args::device"]
+        [::core::mem::offset_of!(ep_empty_args, device) - 4usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
 pub struct ep_dequantize_args {
     pub struct_size: u32,
     pub device: i32,
@@ -380,6 +395,11 @@ unsafe extern "C" {
     ) -> i32;
     pub fn ep_barrier_launch(
         args: *const ep_barrier_args,
+        stream: *mut ::core::ffi::c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
+    pub fn ep_empty_launch(
+        args: *const ep_empty_args,
         stream: *mut ::core::ffi::c_void,
         cuda_error: *mut i32,
     ) -> i32;

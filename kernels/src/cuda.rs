@@ -23,6 +23,11 @@ unsafe extern "C" {
         stream: *mut c_void,
         cuda_error: *mut i32,
     ) -> i32;
+    fn ep_empty_launch(
+        args: *const ffi::ep_empty_args,
+        stream: *mut c_void,
+        cuda_error: *mut i32,
+    ) -> i32;
     fn ep_dequantize_launch(
         args: *const ffi::ep_dequantize_args,
         stream: *mut c_void,
@@ -116,6 +121,11 @@ impl Kernels for CudaKernels {
     unsafe fn barrier(&self, args: &ffi::ep_barrier_args, stream: u64) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
         unsafe { launch(Kernel::Barrier, ep_barrier_launch, args, stream) }
+    }
+
+    unsafe fn empty(&self, args: &ffi::ep_empty_args, stream: u64) -> Result<(), LaunchError> {
+        // SAFETY: the launcher reads `args` before it returns; the caller vouches for the stream.
+        unsafe { launch(Kernel::Empty, ep_empty_launch, args, stream) }
     }
 }
 

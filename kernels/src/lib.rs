@@ -70,6 +70,8 @@ pub enum Kernel {
     Combine,
     /// All ranks meet on the device.
     Barrier,
+    /// Nothing, for timing.
+    Empty,
     /// E4M3 to bf16, for the demo.
     Dequantize,
     /// `silu(gate) * up`, for the demo.
@@ -82,6 +84,7 @@ impl fmt::Display for Kernel {
             Self::Dispatch => "dispatch",
             Self::Combine => "combine",
             Self::Barrier => "barrier",
+            Self::Empty => "empty kernel",
             Self::Dequantize => "dequantize",
             Self::Swiglu => "swiglu",
         })
@@ -119,4 +122,10 @@ pub trait Kernels: fmt::Debug + Send + Sync {
     /// # Safety
     /// As for [`dispatch`](Self::dispatch).
     unsafe fn barrier(&self, args: &ffi::ep_barrier_args, stream: u64) -> Result<(), LaunchError>;
+
+    /// Enqueues a kernel without work on `stream`; the host implementation does nothing.
+    ///
+    /// # Safety
+    /// `stream` must be a live stream of the device `args.device`.
+    unsafe fn empty(&self, args: &ffi::ep_empty_args, stream: u64) -> Result<(), LaunchError>;
 }

@@ -94,6 +94,7 @@ structs! {
     }
     ep_combine_args { struct_size, flags, group, layout, handle, y, topk_weights, out }
     ep_barrier_args { struct_size, reserved, group, layout, spin_ns }
+    ep_empty_args { struct_size, device }
     ep_dequantize_args { struct_size, device, x, scales, scale_stride, out, rows, hidden }
     ep_swiglu_args { struct_size, device, gate_up, out, rows, intermediate }
 }

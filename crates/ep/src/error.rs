@@ -387,7 +387,6 @@ impl Error {
         }
     }
 
-    #[cfg(feature = "cuda")]
     pub(crate) fn launch(source: LaunchError) -> Self {
         Self::Launch { rank: None, source }
     }

@@ -123,6 +123,17 @@ pub(crate) struct Combine {
     pub(crate) out: u64,
 }
 
+/// Enqueues a kernel without work.
+pub(crate) fn empty(stream: &Stream) -> Result<(), LaunchError> {
+    let device = stream.device();
+    let args = ffi::ep_empty_args {
+        struct_size: size_of::<ffi::ep_empty_args>() as u32,
+        device: device.ordinal().0.cast_signed(),
+    };
+    // SAFETY: the stream is alive, and its device is the one in the arguments.
+    unsafe { device.kernels().empty(&args, stream.handle().0) }
+}
+
 /// A conversion to bf16 whose tensors have been checked.
 #[cfg(feature = "cuda")]
 #[derive(Clone, Copy, Debug)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ep_sys::{StreamHandle, vmm};
 
-use crate::{Device, Error};
+use crate::{Device, Error, launch};
 
 /// A stream of a device: work on it runs in order. Cheap to clone.
 ///
@@ -70,6 +70,12 @@ impl Stream {
             .driver()
             .stream_synchronize(self.device.ordinal(), self.handle())
             .map_err(Error::driver("synchronising a stream"))
+    }
+
+    /// Enqueues a kernel without work, launched as the operations are: what it takes between two
+    /// events is what timing costs by itself. Kernels on the host do nothing.
+    pub fn launch_empty(&self) -> Result<(), Error> {
+        launch::empty(self).map_err(Error::launch)
     }
 
     /// Lets later work on this stream wait for an event that has been recorded.
