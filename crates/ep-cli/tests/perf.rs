@@ -33,7 +33,7 @@ fn lines(line: &str) -> Vec<Value> {
 #[test]
 fn every_shape_has_its_line() {
     // One shape twice, and more calls than are made between two waits for the stream.
-    let lines = lines(&format!("{SMALL} --tokens 1,9,9,0 --iters 70"));
+    let lines = lines(&format!("{SMALL} --tokens 1,9,9,0 --iters 1000"));
     let tokens: Vec<&Value> = lines.iter().map(|line| &line["tokens"]).collect();
     assert_eq!(tokens, [1, 9, 9, 0]);
     for line in &lines {
@@ -41,7 +41,7 @@ fn every_shape_has_its_line() {
             (&line["lib"], &line["backend"]),
             (&"ep".into(), &"sim".into())
         );
-        assert_eq!((&line["ranks"], &line["iters"]), (&2.into(), &70.into()));
+        assert_eq!((&line["ranks"], &line["iters"]), (&2.into(), &1000.into()));
         assert_eq!(
             (&line["fp8"], &line["graph"]),
             (&true.into(), &false.into())
@@ -54,6 +54,8 @@ fn every_shape_has_its_line() {
             let time = |key: &str| line[key].as_f64().unwrap();
             assert!(time(median) > 0.0 && time(p99) >= time(median), "{line}");
         }
+        let empty = line["empty_us"].as_f64().unwrap();
+        assert!(empty > 0.0 && empty.is_finite(), "{line}");
     }
     // The routing is the same: so are the bytes.
     assert_eq!(lines[1]["combine_floor_us"], lines[2]["combine_floor_us"]);

@@ -69,13 +69,14 @@ pub(crate) struct Line {
     dispatch_floor_us: f64,
     combine_floor_us: f64,
     sms: u32,
-    /// Median, in the same way, of an operation without work: a memset of 4 bytes.
+    /// Median, in the same way, of a kernel without work.
     empty_us: f64,
     weights: Weights,
     /// `"cuda"`, or `"sim"`: the host's time, which says nothing about a GPU's.
     backend: String,
     /// Kind of the symmetric memory.
     alloc: String,
+    /// How many calls were timed.
     iters: usize,
 }
 
@@ -118,7 +119,7 @@ impl Line {
             weights: sweep.weights,
             backend: found.backend.clone(),
             alloc: found.alloc.clone(),
-            iters: job.iters,
+            iters: dispatch.len(),
         }
     }
 }
@@ -168,7 +169,9 @@ impl Wire {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layer::Model;
     use crate::perf::args::tests::parse;
+    use crate::perf::routes;
 
     #[test]
     fn the_busiest_direction_counts_what_leaves_a_rank() {
@@ -224,6 +227,91 @@ mod tests {
                 r#""backend":"cuda","alloc":"posix_fd","iters":3}"#
             )
         );
+    }
+
+    /// The line of a shape whose rows are those of the routing that `ep perf` draws.
+    fn drawn(options: &str) -> (Line, Vec<Vec<usize>>) {
+        let sweep = parse(options).sweep().unwrap();
+        let job = &sweep.job;
+        let model = Model::new(job);
+        let measured: Vec<Measurement> = (0..job.ranks)
+            .map(|rank| Measurement {
+                tokens: job.tokens,
+                rows: routes::rows(job, &routes::routes(job, &model, rank).ids),
+                ..Measurement::default()
+            })
+            .collect();
+        let measured: Vec<&Measurement> = measured.iter().collect();
+        let found = Found {
+            backend: "sim".to_owned(),
+            alloc: "malloc".to_owned(),
+            shapes: Vec::new(),
+        };
+        let rows = measured.iter().map(|m| m.rows.clone()).collect();
+        (Line::new(&sweep, &found, &measured), rows)
+    }
+
+    #[test]
+    fn the_floor_of_one_owner_is_that_of_its_receiving_link() {
+        // Neither expert has a neighbour on its rank: each owner receives the 100 tokens of 3 ranks,
+        // while a rank sends 200 rows at most.
+        for seed in 0..4 {
+            let (line, rows) = drawn(&format!(
+                "--ranks 4 --experts 4 --top-k 2 --tokens 100 --routing one --seed {seed}"
+            ));
+            for rows in rows {
+                assert_eq!(rows.iter().sum::<usize>(), 200);
+            }
+            // 300 rows of 7392 bytes at 356 GB/s; of 14,336 bytes on the way back.
+            assert_eq!(line.dispatch_floor_us, 6.23);
+            assert_eq!(line.combine_floor_us, 12.08);
+        }
+    }
+
+    #[test]
+    fn the_floor_of_a_hot_routing_is_that_of_the_rank_with_the_hot_experts() {
+        let (line, rows) = drawn("--ranks 4 --experts 64 --top-k 2 --tokens 400 --routing hot");
+        let received = |to: usize| rows.iter().map(|from| from[to]).sum::<usize>() - rows[to][to];
+        let most = (0..4).map(received).max().unwrap();
+        // The two hot experts have 3 choices in 4, so their rank gets nearly every token.
+        assert!(most > 900 && most <= 1200, "{rows:?}");
+        let sent = |from: usize| rows[from].iter().sum::<usize>() - rows[from][from];
+        assert!((0..4).all(|from| sent(from) < most), "{rows:?}");
+        assert_eq!(
+            line.dispatch_floor_us,
+            rounded(most as f64 * 7392.0 / 356e3)
+        );
+    }
+
+    #[test]
+    fn the_99th_percentile_of_1000_calls_is_the_990th() {
+        let sweep = parse("--ranks 1 --iters 1000").sweep().unwrap();
+        // 7 has no divisor in common with 1000: every number once, in disorder.
+        let calls: Vec<f64> = (0..1000)
+            .map(|call| f64::from(call * 7 % 1000 + 1))
+            .collect();
+        let mut times = Times {
+            dispatch_us: [vec![9e9; 5], calls].concat(),
+            ..Times::default()
+        };
+        times.forget(5);
+        let measured = Measurement {
+            rows: vec![1],
+            times: Times {
+                combine_us: times.dispatch_us.clone(),
+                ..times
+            },
+            ..Measurement::default()
+        };
+        let found = Found {
+            backend: "cuda".to_owned(),
+            alloc: "malloc".to_owned(),
+            shapes: Vec::new(),
+        };
+        let line = Line::new(&sweep, &found, &[&measured]);
+        assert_eq!((line.dispatch_us, line.dispatch_p99_us), (500.0, 990.0));
+        assert_eq!((line.combine_us, line.combine_p99_us), (500.0, 990.0));
+        assert_eq!(line.iters, 1000);
     }
 
     #[test]
