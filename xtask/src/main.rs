@@ -27,6 +27,10 @@ usage: cargo xtask COMMAND
   demo [ARGS]                    one MoE layer over 4 ranks, checked; ARGS go to `ep run`
   test                           all tests: without a GPU, and on a GPU host also those that need one
   bench [ARGS]                   benchmarks; ARGS go to `cargo bench`
+  bench --plot [FILES] [--out SVG]
+                                 latency figures of what `ep perf` and other libraries' benchmarks
+                                 printed, in FILES or piped; SVG is docs/figures/latency.svg when
+                                 not given
   build-kernels [--arch LIST]    compile every kernel, show its resources, fail on spills
   bundle [--arch LIST] [--out DIR]
                                  binaries and tests for a GPU host without Rust
