@@ -397,8 +397,8 @@ impl Raw {
             (1, None, _) => Ok(Handle::Fabric(self.handle)),
             (2, None, true) => Ok(Handle::PosixFd),
             (3, None, _) => Ok(Handle::Ipc(self.handle)),
-            (0..=3, None, _) => Err(RecordError::Field { field: "handle" }),
-            (0..=3, Some(_), _) => Err(RecordError::Field { field: "call" }),
+            (0, _, _) | (2, None, _) => Err(RecordError::Field { field: "handle" }),
+            (1..=3, _, _) => Err(RecordError::Field { field: "call" }),
             _ => Err(RecordError::Field { field: "kind" }),
         }
     }
