@@ -25,11 +25,14 @@ pub enum ClusterError {
         message: String,
     },
     /// A key that the format does not have.
-    #[error("line {line}: unknown key `{key}`; the keys here are {expected}")]
+    #[error(
+        "line {line}: unknown key `{}`; the keys here are {expected}",
+        key.escape_debug()
+    )]
     UnknownKey {
         /// Line, from 1.
         line: usize,
-        /// The key as written.
+        /// The key, without the quotes and escapes of the file.
         key: String,
         /// The keys that could stand there.
         expected: &'static str,
