@@ -38,6 +38,13 @@ pub struct Probe {
 pub fn probe(driver: &Arc<dyn Driver>, device: DeviceOrdinal, options: &ProbeOptions) -> Probe {
     let info = driver.device_info(device).map_err(Failure::from);
     let fabric = driver.fabric_info(device).map_err(Failure::from);
+    for failure in [info.as_ref().err(), fabric.as_ref().err()]
+        .into_iter()
+        .flatten()
+    {
+        // A group may well do without; whoever asks why it did finds the call here.
+        tracing::debug!(%device, %failure, "the device did not tell of itself");
+    }
     let mut granularity = PerBackend::default();
     let trials = PerBackend::from_fn(|kind| {
         let trial = match &info {
