@@ -67,7 +67,15 @@ impl Connection {
                 };
                 return Ok((connection, plan));
             };
-            ties.close(&session)?;
+            if let Err(error) = ties.close(&session) {
+                if !is_refused_release(&error) {
+                    return Err(error);
+                }
+                // The others do not know of it and make the next attempt: they would wait for this
+                // rank. What is stuck does not concern that attempt.
+                let source = std::error::Error::source(&error);
+                tracing::error!(rank, %error, source, "an attempt was not left in order");
+            }
             tried = Some((plan.backend, pair));
         }
     }
@@ -165,6 +173,15 @@ impl Connection {
         stream
             .map_or(Ok(()), Stream::synchronize)
             .map_err(|error| error.of_rank(self.session.rank()))
+    }
+}
+
+/// Whether something could not be given back, and nothing else is wrong.
+fn is_refused_release(error: &Error) -> bool {
+    match error {
+        Error::Memory { source, .. } => matches!(source, ep_alloc::Error::Release { .. }),
+        Error::Group { source, .. } => matches!(source, ep_peers::Error::Release { .. }),
+        _ => false,
     }
 }
 
