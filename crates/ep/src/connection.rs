@@ -47,13 +47,12 @@ impl Connection {
     ) -> Result<(Self, Plan), Error> {
         let rank = session.rank();
         let mut imports = Vec::new();
-        let mut tried: Option<(BackendKind, Unreachable)> = None;
+        let mut tried: Vec<(BackendKind, Unreachable)> = Vec::new();
         loop {
             let plan = decide(facts, &imports).map_err(|source| Error::Policy { rank, source })?;
             // All evidence about a backend is in after one attempt.
-            if let Some((backend, pair)) = tried
-                && backend == plan.backend
-            {
+            let before = tried.iter().find(|(backend, _)| *backend == plan.backend);
+            if let Some(&(_, pair)) = before {
                 let plan = Box::new(plan);
                 return Err(Error::Unreachable { rank, pair, plan });
             }
@@ -76,7 +75,7 @@ impl Connection {
                 let source = std::error::Error::source(&error);
                 tracing::error!(rank, %error, source, "an attempt was not left in order");
             }
-            tried = Some((plan.backend, pair));
+            tried.push((plan.backend, pair));
         }
     }
 
