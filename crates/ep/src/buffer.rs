@@ -7,7 +7,7 @@ use ep_alloc::Plan;
 use ep_kernels::{LaunchError, Layout};
 use ep_peers::{Access, Reason};
 
-use crate::connection::Connection;
+use crate::connection::{Connection, first_of};
 use crate::dispatch::check_stream;
 use crate::error::ArgumentError;
 use crate::fault::{Fault, Status};
@@ -210,7 +210,7 @@ impl Buffer {
             ..
         } = self;
         let closed = connection.close();
-        closed.and(state.close())
+        first_of(closed, state.close())
     }
 
     pub(crate) fn state(&self) -> &DeviceState {

@@ -112,7 +112,7 @@ impl Connection {
         };
         let finished = self.finish();
         let left = ties.close(&self.session);
-        finished.and(left)
+        first_of(finished, left)
     }
 
     /// Connects anew, with the members of the next session. Collective among them. What operations
@@ -182,6 +182,16 @@ fn is_refused_release(error: &Error) -> bool {
         Error::Group { source, .. } => matches!(source, ep_peers::Error::Release { .. }),
         _ => false,
     }
+}
+
+/// The first error of two parts of an ending, both of which are over. A second one is logged: what
+/// could not be given back is told, whatever else went wrong.
+pub(crate) fn first_of(first: Result<(), Error>, second: Result<(), Error>) -> Result<(), Error> {
+    if let (Err(_), Err(error)) = (&first, &second) {
+        let source = std::error::Error::source(error);
+        tracing::error!(%error, source, "something else went wrong at the end, too");
+    }
+    first.and(second)
 }
 
 /// The generation of a buffer's first connection.
@@ -292,8 +302,10 @@ impl Ties {
                 Ok(())
             }
         };
-        left.map_err(|source| Error::Group { rank, source })
-            .and(freed.map_err(|source| Error::Memory { rank, source }))
+        first_of(
+            left.map_err(|source| Error::Group { rank, source }),
+            freed.map_err(|source| Error::Memory { rank, source }),
+        )
     }
 }
 

@@ -5,6 +5,7 @@ use ep_sys::DevicePtr;
 use ep_sys::vmm::DeviceMemory;
 
 use crate::builder::Settings;
+use crate::connection::first_of;
 use crate::fault::Ring;
 use crate::{Device, Error};
 
@@ -77,7 +78,7 @@ impl DeviceState {
         [route, map, rows].map(|offset| base.offset(offset))
     }
 
-    /// Frees everything. All is tried; the error is the first.
+    /// Frees everything. All is tried; the error is the first, and others are logged.
     pub(crate) fn close(self) -> Result<(), Error> {
         let Self {
             rank,
@@ -86,11 +87,11 @@ impl DeviceState {
             slots,
             ..
         } = self;
-        let (control, faults, slots) = (control.close(), faults.close(), slots.memory.close());
-        control
-            .and(faults)
-            .and(slots)
-            .map_err(|source| Error::driver("freeing what operations needed")(source).of_rank(rank))
+        [control.close(), faults.close(), slots.memory.close()]
+            .into_iter()
+            .map(|freed| freed.map_err(Error::driver("freeing what operations needed")))
+            .map(|freed| freed.map_err(|error| error.of_rank(rank)))
+            .fold(Ok(()), first_of)
     }
 }
 
