@@ -26,7 +26,12 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
 
 fn rust(repo: &Repo, check: bool) -> Result<()> {
     let check = check.then_some("--check");
-    Ok(cmd!(repo.sh, "cargo fmt --all -- {check...}").run()?)
+    let sh = &repo.sh;
+    let outcome = cmd!(sh, "cargo fmt --all -- {check...}").run();
+    // A workspace of its own.
+    let fuzz = ["--manifest-path", "fuzz/Cargo.toml"];
+    outcome.and(cmd!(sh, "cargo fmt {fuzz...} -- {check...}").run())?;
+    Ok(())
 }
 
 /// Versions of clang-format disagree on details, so the pinned one is used everywhere.
