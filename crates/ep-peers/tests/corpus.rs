@@ -119,7 +119,7 @@ fn record_seeds() -> Seeds {
 #[test]
 fn the_record_corpus_holds() {
     replay::seeds(RECORDS, &record_seeds());
-    replay::replay(&[RECORDS], 200, &WORDS, record::check);
+    replay::replay(&[RECORDS], 1000, &WORDS, record::check);
 }
 
 // ---- Frames ----
