@@ -6,15 +6,14 @@ mod common;
 mod rig;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use ep::driver::{Call, DeviceOrdinal, Driver, Status};
+use ep::driver::DeviceOrdinal;
 use ep::{
     ArgumentError, BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device,
     DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Rejected, Scales, Tensor,
 };
-use ep_sim::{Cluster, Entry, FaultPlan, IpcNamespace, Outcome, SimDriver};
+use ep_sim::{Cluster, IpcNamespace, SimDriver};
 use proptest::prelude::*;
 
 use common::{Case, Odd, Precision, Routing, Weights};
@@ -837,98 +836,6 @@ fn buffers_come_and_go_without_a_trace() {
     });
     // Other tests of this process have descriptors of their own, but not hundreds.
     assert!(descriptors() < 200, "{}", descriptors());
-}
-
-/// Enough to wait for a rank that will not come.
-const SHORT: Duration = Duration::from_millis(50);
-
-/// How a life of a buffer with a fault went on rank 1.
-struct Life {
-    outcomes: Vec<Result<(), String>>,
-    /// How many calls were made for rank 1's device.
-    calls: usize,
-    /// How many of them when it was about to close.
-    before_close: usize,
-    /// The call that failed.
-    injected: Option<Call>,
-}
-
-/// Two ranks make a buffer, use it and close it; calls of rank 1 fail.
-fn life(cluster: &Cluster, choice: Choice, plan: FaultPlan, timeout: Duration) -> Life {
-    let case = case(2);
-    let driver = SimDriver::new(cluster, 0, &[0, 1]);
-    driver.inject(plan.on(DeviceOrdinal(1)));
-    let calls = || {
-        let mut calls = driver.journal();
-        calls.retain(|entry| entry.device == DeviceOrdinal(1));
-        calls
-    };
-    let before_close = AtomicUsize::new(usize::MAX);
-    let outcomes = threads(2, |comm| {
-        let device = device(&driver, &comm);
-        let rank = Rank::with(&device, &comm, &case, |b| b.alloc(choice).timeout(timeout));
-        let rank = rank.map_err(explain)?;
-        let ran = rank.run(1, Order::Fused);
-        if comm.rank() == 1 {
-            before_close.store(calls().len(), Ordering::Relaxed);
-        }
-        rank.buffer.close().map_err(explain).and(ran)
-    });
-    let held = driver.live();
-    assert!(held.is_explained(), "{held:?}, {outcomes:?}");
-    let calls = calls();
-    let injected = |entry: &&Entry| matches!(entry.outcome, Outcome::Injected(_));
-    Life {
-        outcomes,
-        calls: calls.len(),
-        before_close: before_close.into_inner(),
-        injected: calls.iter().find(injected).map(|entry| entry.call),
-    }
-}
-
-/// Fails every driver call of one rank in turn, from making the buffer to closing it.
-#[test]
-fn a_refused_call_is_an_error_and_leaves_nothing() {
-    let mut cases = 0;
-    for kind in BackendKind::ALL {
-        let cluster = match kind {
-            BackendKind::Fabric => Cluster::gb200_nvl72(1),
-            _ => Cluster::hgx_h200(2),
-        };
-        let probed = {
-            let driver = SimDriver::new(&cluster, 0, &[0, 1]);
-            let any: Arc<dyn Driver> = driver.clone();
-            ep::alloc::probe(&any, DeviceOrdinal(1), &Default::default());
-            driver.calls()
-        };
-        let life = |plan, timeout| life(&cluster, Choice::Force(kind), plan, timeout);
-        let clean = life(FaultPlan::none(), PATIENCE);
-        all_well(clean.outcomes).unwrap();
-        for n in 0..clean.calls {
-            let faulty = life(FaultPlan::fail_nth(n, Status::UNKNOWN), SHORT);
-            cases += 1;
-            let call = faulty.injected.unwrap();
-            let at = format!("{kind}, call {n}, {call}: {:?}", faulty.outcomes);
-            let mut errors = faulty
-                .outcomes
-                .iter()
-                .filter_map(|rank| rank.as_ref().err());
-            if faulty.before_close == usize::MAX {
-                // A rank that fails while the buffer is made tells the other.
-                assert!(faulty.outcomes.iter().all(Result::is_err), "{at}");
-            }
-            if errors.any(|error| error.contains(call.name()) && error.contains("999")) {
-                continue;
-            }
-            // What the probe finds out about other kinds of memory decides nothing here, and a
-            // tensor or a stream that is dropped can only log what it could not release.
-            let by_drop = n < faulty.before_close || n + 1 == clean.calls;
-            let releases = [Call::MemFree, Call::StreamDestroy];
-            assert!(n < probed || by_drop && releases.contains(&call), "{at}");
-            all_well(faulty.outcomes).unwrap();
-        }
-    }
-    println!("{cases} cases");
 }
 
 /// A free port of this host, until somebody else takes it.

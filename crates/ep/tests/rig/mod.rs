@@ -205,6 +205,15 @@ impl<'c> Rank<'c> {
         })
     }
 
+    /// A rank of a buffer that has been made.
+    pub(crate) fn of(buffer: Buffer, stream: Stream, case: &'c Case) -> Self {
+        Self {
+            buffer,
+            stream,
+            case,
+        }
+    }
+
     /// The same rank on another stream.
     pub(crate) fn on(self, stream: Stream) -> Self {
         Self { stream, ..self }
