@@ -12,7 +12,7 @@ use ep_peers::exchange::local::{Local, local};
 use ep_peers::exchange::{Cause, Exchange, Fault, Step};
 use ep_peers::wire::{Identity, Refusal};
 use ep_peers::{Access, Error, Group, Nearness, Offer, Peers, Reason, connect};
-use ep_sim::{Cluster, FaultPlan, Gpu, IpcNamespace, Node, Outcome, PeerAccess, SimDriver};
+use ep_sim::{Cluster, Entry, FaultPlan, Gpu, IpcNamespace, Node, Outcome, PeerAccess, SimDriver};
 use ep_sys::{Call, DeviceOrdinal, DevicePtr, Driver, Status};
 
 /// One rank of a test group.
@@ -687,41 +687,76 @@ fn live(rank: &Rank, [first, second]: [Offer; 2]) -> Life {
     (outcome.err(), reasons)
 }
 
-const INJECTED: Status = Status(4242);
+/// What the call that fails first returns.
+const FIRST: Status = Status(4242);
 
-/// Fails call `n` of one rank's driver, for every `n`, with a first call of each kind in `also`
-/// failing too. How many cases that were.
-fn sweep(cluster: &Cluster, ranks_are: Ranks, kind: Kind, also: &[Call]) -> usize {
+/// What the clean-up call returns that fails then.
+const SECOND: Status = Status(4243);
+
+/// Fails call `n` of one rank's driver, for every `n`: alone, and with each call that gives something
+/// back after it. How many cases that were.
+fn sweep(cluster: &Cluster, ranks_are: Ranks, kind: Kind) -> usize {
     let clean = life_with(cluster, ranks_are, kind, FaultPlan::none());
-    assert!(clean.injected.is_empty());
-    for n in 0..clean.calls {
-        let mut plan = FaultPlan::fail_nth(n, INJECTED);
-        for &call in also {
-            plan = plan.and(FaultPlan::fail_nth_of(call, 0, INJECTED));
+    assert_eq!(clean.hit(FIRST), None);
+    let mut cases = 0;
+    for n in 0..clean.calls.len() {
+        let first = FaultPlan::fail_nth(n, FIRST);
+        let alone = life_with(cluster, ranks_are, kind, first.clone());
+        let call = alone.hit(FIRST).expect("the call is made in every run");
+        let case = format!("{kind:?} {ranks_are:?} call {n}, {call}");
+        assert!(alone.tells(call, FIRST), "{case}: {}", alone.told);
+        cases += 1;
+
+        // Clean-up is the same code for threads, whose calls of one driver come in any order.
+        let after = match ranks_are {
+            Ranks::Processes => &alone.calls[n + 1..],
+            Ranks::Threads => &[],
+        };
+        for (m, entry) in (n + 1..).zip(after) {
+            // A table that could not be written is made null again.
+            let clears = call == Call::CopyToDevice && entry.call == call;
+            if !(is_release(entry.call) || clears) {
+                continue;
+            }
+            let plan = first.clone().and(FaultPlan::fail_nth(m, SECOND));
+            let both = life_with(cluster, ranks_are, kind, plan);
+            let case = format!("{case}, then call {m}, {}", entry.call);
+            assert_eq!(both.hit(FIRST), Some(call), "{case}");
+            assert_eq!(both.hit(SECOND), Some(entry.call), "{case}");
+            assert!(both.tells(call, FIRST), "{case}: {}", both.told);
+            cases += 1;
         }
-        let swept = life_with(cluster, ranks_are, kind, plan);
-        let case = format!(
-            "{kind:?} {ranks_are:?} call {n} and {also:?}: {:?}",
-            swept.injected
-        );
-        assert!(
-            !swept.injected.is_empty(),
-            "{case}: the call is made in every run"
-        );
-        // Of several faults, the one that decided is told; the others are logged.
-        let told = |call: &Call| swept.told.contains(call.name());
-        assert!(swept.injected.iter().any(told), "{case}: {}", swept.told);
     }
-    clean.calls
+    cases
+}
+
+fn is_release(call: Call) -> bool {
+    matches!(
+        call,
+        Call::IpcClose | Call::MemUnmap | Call::MemAddressFree | Call::MemRelease | Call::MemFree
+    )
 }
 
 struct Swept {
     /// Calls that the plan counted.
-    calls: usize,
-    /// The calls that failed for it, in order.
-    injected: Vec<Call>,
+    calls: Vec<Entry>,
     /// What the ranks said.
     told: String,
+}
+
+impl Swept {
+    /// The call that an injected fault refused with this status.
+    fn hit(&self, status: Status) -> Option<Call> {
+        let hit = |entry: &&Entry| entry.outcome == Outcome::Injected(status);
+        self.calls.iter().find(hit).map(|entry| entry.call)
+    }
+
+    /// Whether a rank said that this call returned this status.
+    fn tells(&self, call: Call, status: Status) -> bool {
+        self.told
+            .split("; ")
+            .any(|said| said.contains(call.name()) && said.contains(&status.to_string()))
+    }
 }
 
 /// One group's life with faults on rank 1's driver. Afterwards nothing is held but what the driver
@@ -762,15 +797,10 @@ fn life_with(cluster: &Cluster, ranks_are: Ranks, kind: Kind, plan: FaultPlan) -
         life
     });
 
-    let journal = &bad.journal()[span.into_inner()];
-    let injected: Vec<_> = journal
-        .iter()
-        .filter(|entry| entry.outcome == Outcome::Injected(INJECTED))
-        .map(|entry| entry.call)
-        .collect();
+    let calls = bad.journal()[span.into_inner()].to_vec();
     for sim in &sims {
         let live = sim.live();
-        assert!(live.is_explained(), "{injected:?}: {live:?}");
+        assert!(live.is_explained(), "{calls:?}: {live:?}");
     }
     in_threads(second, |rank| {
         let memory = rank.memory(kind);
@@ -787,11 +817,7 @@ fn life_with(cluster: &Cluster, ranks_are: Ranks, kind: Kind, plan: FaultPlan) -
             format!("{error:?} {reasons:?}; ")
         })
         .collect();
-    Swept {
-        calls: journal.len(),
-        injected,
-        told,
-    }
+    Swept { calls, told }
 }
 
 #[test]
@@ -799,29 +825,15 @@ fn a_fault_in_any_call_is_told_and_leaves_nothing_behind() {
     let host = Cluster::hgx_h200(3);
     let mut rack = Cluster::gb200_nvl72(1);
     rack.nodes[0].gpus.truncate(3);
-    let mut cases = 0;
     for ranks_are in [Ranks::Processes, Ranks::Threads] {
         for (cluster, kind) in [
             (&host, Kind::Malloc),
             (&host, Kind::PosixFd),
             (&rack, Kind::Fabric),
         ] {
-            cases += sweep(cluster, ranks_are, kind, &[]);
-            let releases = match kind {
-                // Clean-up is the same code for threads.
-                _ if ranks_are == Ranks::Threads => &[][..],
-                Kind::Malloc => &[Call::IpcClose, Call::MemFree, Call::CopyToDevice][..],
-                _ => &[
-                    Call::MemUnmap,
-                    Call::MemAddressFree,
-                    Call::MemRelease,
-                    Call::MemFree,
-                ],
-            };
-            for &release in releases {
-                cases += sweep(cluster, ranks_are, kind, &[release]);
-            }
+            let cases = sweep(cluster, ranks_are, kind);
+            println!("connect to disconnect, {ranks_are:?}, {kind:?}: {cases} cases");
+            assert!(cases > 0);
         }
     }
-    println!("{cases} cases");
 }
