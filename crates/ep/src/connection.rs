@@ -5,7 +5,8 @@ use std::mem;
 use std::thread;
 
 use ep_alloc::{
-    Allocation, BackendKind, Cause, Export, Failure, ImportRefusal, Plan, RankFacts, decide,
+    Allocation, BackendKind, Cause, Export, Failure, ImportRefusal, Plan, PolicyError, RankFacts,
+    decide,
 };
 use ep_peers::wire::{Facts, Identity, Refusal};
 use ep_peers::{Access, DescriptorError, Offer, Peers, Reason, Unreachable, connect};
@@ -46,36 +47,26 @@ impl Connection {
         bytes: u64,
     ) -> Result<(Self, Plan), Error> {
         let rank = session.rank();
-        let mut imports = Vec::new();
-        let mut tried: Vec<(BackendKind, Unreachable)> = Vec::new();
+        let mut evidence = Evidence::default();
         loop {
-            let plan = decide(facts, &imports).map_err(|source| Error::Policy { rank, source })?;
-            // All evidence about a backend is in after one attempt.
-            let before = tried.iter().find(|(backend, _)| *backend == plan.backend);
-            if let Some(&(_, pair)) = before {
+            let (plan, known) = evidence
+                .decide(facts)
+                .map_err(|source| Error::Policy { rank, source })?;
+            if let Some(pair) = known {
                 let plan = Box::new(plan);
                 return Err(Error::Unreachable { rank, pair, plan });
             }
             tracing::info!(rank, %plan, bytes, "connecting");
             let ties = Ties::new(&session, device, facts, plan.backend, bytes)?;
-            let Some(pair) = ties.learn(plan.backend, &mut imports) else {
+            if evidence.learn(plan.backend, &ties) {
                 let connection = Self {
                     ties: Some(ties),
                     session,
                     order: Mutex::default(),
                 };
                 return Ok((connection, plan));
-            };
-            if let Err(error) = ties.close(&session) {
-                if !is_refused_release(&error) {
-                    return Err(error);
-                }
-                // The others do not know of it and make the next attempt: they would wait for this
-                // rank. What is stuck does not concern that attempt.
-                let source = std::error::Error::source(&error);
-                tracing::error!(rank, %error, source, "an attempt was not left in order");
             }
-            tried.push((plan.backend, pair));
+            ties.abandon(&session)?;
         }
     }
 
@@ -184,14 +175,14 @@ fn is_refused_release(error: &Error) -> bool {
     }
 }
 
-/// The first error of two parts of an ending, both of which are over. A second one is logged: what
-/// could not be given back is told, whatever else went wrong.
-pub(crate) fn first_of(first: Result<(), Error>, second: Result<(), Error>) -> Result<(), Error> {
+/// The first error of two parts, both of which are over. A second one is logged: what could not be
+/// given back is told, whatever else went wrong.
+pub(crate) fn first_of<T>(first: Result<T, Error>, second: Result<(), Error>) -> Result<T, Error> {
     if let (Err(_), Err(error)) = (&first, &second) {
         let source = std::error::Error::source(error);
         tracing::error!(%error, source, "something else went wrong at the end, too");
     }
-    first.and(second)
+    first.and_then(|value| second.map(|()| value))
 }
 
 /// The generation of a buffer's first connection.
@@ -248,31 +239,6 @@ impl Ties {
         }
     }
 
-    /// A pair of ranks that do not reach each other, if there is one. Adds them all to the evidence.
-    pub(crate) fn learn(
-        &self,
-        backend: BackendKind,
-        imports: &mut Vec<ImportRefusal>,
-    ) -> Option<Unreachable> {
-        let ranks = 0..self.peers.num_ranks();
-        let pairs = ranks
-            .clone()
-            .flat_map(|from| ranks.clone().map(move |to| (from, to)));
-        let mut first = None;
-        for (from, to) in pairs {
-            if let Err(reason) = self.peers.verdict(from, to) {
-                first.get_or_insert(Unreachable { from, to, reason });
-                imports.push(ImportRefusal {
-                    backend,
-                    importer: from,
-                    exporter: to,
-                    failure: failure(reason),
-                });
-            }
-        }
-        first
-    }
-
     pub(crate) fn peers(&self) -> &Peers {
         &self.peers
     }
@@ -285,6 +251,20 @@ impl Ties {
             verdicts.collect()
         };
         ranks.clone().map(row).collect()
+    }
+
+    /// Leaves an attempt that the group gives up. What is stuck of it is logged: the others do not
+    /// know and go on, so they would wait for a rank that returned here, and it does not concern
+    /// what they do next.
+    pub(crate) fn abandon(self, session: &Session) -> Result<(), Error> {
+        match self.close(session) {
+            Err(error) if is_refused_release(&error) => {
+                let (rank, source) = (session.rank(), std::error::Error::source(&error));
+                tracing::error!(rank, %error, source, "an attempt was not left in order");
+                Ok(())
+            }
+            left => left,
+        }
     }
 
     /// Leaves the group. What this rank had mapped is given back in any case.
@@ -306,6 +286,51 @@ impl Ties {
             left.map_err(|source| Error::Group { rank, source }),
             freed.map_err(|source| Error::Memory { rank, source }),
         )
+    }
+}
+
+/// What a group has learned by attempts to connect; the same on every rank.
+#[derive(Debug, Default)]
+pub(crate) struct Evidence {
+    imports: Vec<ImportRefusal>,
+    /// The attempts that failed, each with the first pair of ranks that do not reach each other.
+    failed: Vec<(BackendKind, Unreachable)>,
+}
+
+impl Evidence {
+    /// What to attempt next. With a pair that it does not connect there is nothing to attempt: all
+    /// evidence about a backend is in after one attempt, and the policy still names this one.
+    pub(crate) fn decide(
+        &self,
+        facts: &[RankFacts],
+    ) -> Result<(Plan, Option<Unreachable>), PolicyError> {
+        let plan = decide(facts, &self.imports)?;
+        let mut failed = self.failed.iter();
+        let known = failed.find(|(backend, _)| *backend == plan.backend);
+        Ok((plan, known.map(|(_, pair)| *pair)))
+    }
+
+    /// Takes in an attempt; whether it connected every rank with every other.
+    pub(crate) fn learn(&mut self, backend: BackendKind, ties: &Ties) -> bool {
+        let peers = &ties.peers;
+        let ranks = 0..peers.num_ranks();
+        let pairs = ranks
+            .clone()
+            .flat_map(|from| ranks.clone().map(move |to| (from, to)));
+        let mut first = None;
+        for (from, to) in pairs {
+            if let Err(reason) = peers.verdict(from, to) {
+                first.get_or_insert(Unreachable { from, to, reason });
+                self.imports.push(ImportRefusal {
+                    backend,
+                    importer: from,
+                    exporter: to,
+                    failure: failure(reason),
+                });
+            }
+        }
+        self.failed.extend(first.map(|pair| (backend, pair)));
+        first.is_none()
     }
 }
 

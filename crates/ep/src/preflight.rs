@@ -14,7 +14,7 @@ use ep_peers::{Access, Unreachable};
 use ep_sys::{DeviceOrdinal, Driver};
 
 pub use self::bandwidth::Bandwidth;
-use crate::connection::Ties;
+use crate::connection::{Evidence, Ties, first_of};
 use crate::facts::{self, Hello};
 use crate::session::Session;
 use crate::{Communicator, Config, Device, Error, env};
@@ -148,8 +148,18 @@ pub struct Report {
     pub backend: BackendKind,
     /// How fast connected ranks copy to each other, if that was asked for and there is a plan.
     pub bandwidth: Option<Bandwidth>,
-    /// Who reached whom in the last attempt, `[from][to]`; empty if there was none.
-    verdicts: Vec<Vec<Result<Access, ep_peers::Reason>>>,
+    /// Who reached whom by the backend; empty if that was not tried.
+    verdicts: Verdicts,
+}
+
+/// Who reached whom, `[from][to]`.
+type Verdicts = Vec<Vec<Result<Access, ep_peers::Reason>>>;
+
+/// What connecting by one backend showed.
+struct Attempt {
+    backend: BackendKind,
+    verdicts: Verdicts,
+    bandwidth: Option<Bandwidth>,
 }
 
 /// Something for an operator to mend.
@@ -174,32 +184,38 @@ impl Report {
         with_bandwidth: bool,
     ) -> Result<Self, Error> {
         let rank = session.rank();
-        let mut imports = Vec::new();
-        let mut tried = None;
-        let mut verdicts = Vec::new();
-        let mut measured = None;
+        let mut evidence = Evidence::default();
+        let mut attempts: Vec<Attempt> = Vec::new();
+        let mut last = BackendKind::Malloc;
         // The allocation rounds this up to a granule.
         let bytes = if with_bandwidth { bandwidth::BYTES } else { 1 };
         let plan = loop {
-            let plan = match ep_alloc::decide(&facts, &imports) {
-                Ok(plan) => plan,
+            let plan = match evidence.decide(&facts) {
+                Ok((plan, None)) => plan,
+                Ok((plan, Some(_))) => break Ok(plan),
                 Err(source) => break Err(Error::Policy { rank, source }),
             };
-            if tried == Some(plan.backend) {
-                break Ok(plan);
-            }
-            tried = Some(plan.backend);
+            last = plan.backend;
             let ties = match Ties::new(session, device, &facts, plan.backend, bytes) {
                 Ok(ties) => ties,
                 Err(error @ Error::Group { .. }) => return Err(error),
                 Err(error) => break Err(error),
             };
-            verdicts = ties.verdicts();
-            let gap = ties.learn(plan.backend, &mut imports);
-            let rates = with_bandwidth.then(|| bandwidth::measure(session, device, ties.peers()));
-            ties.close(session)?;
-            measured = rates.transpose()?;
-            if gap.is_none() {
+            let is_connected = evidence.learn(plan.backend, &ties);
+            let verdicts = ties.verdicts();
+            let rates = with_bandwidth
+                .then(|| bandwidth::measure(session, device, ties.peers()))
+                .transpose();
+            let left = match is_connected {
+                true => ties.close(session),
+                false => ties.abandon(session),
+            };
+            attempts.push(Attempt {
+                backend: plan.backend,
+                verdicts,
+                bandwidth: first_of(rates, left)?,
+            });
+            if is_connected {
                 break Ok(plan);
             }
         };
@@ -208,16 +224,20 @@ impl Report {
             Err(Error::Policy { source, .. }) => match *source {
                 PolicyError::Forced { backend, .. } => backend,
                 PolicyError::Conflict { first, .. } => first.1,
-                _ => tried.unwrap_or(BackendKind::Malloc),
+                _ => last,
             },
-            Err(_) => tried.unwrap_or(BackendKind::Malloc),
+            Err(_) => last,
         };
         let is_planned = plan.is_ok();
+        let shown = attempts.into_iter().find(|of| of.backend == backend);
+        let (verdicts, bandwidth) = shown
+            .map(|of| (of.verdicts, of.bandwidth))
+            .unwrap_or_default();
         Ok(Self {
             facts,
             plan,
             backend,
-            bandwidth: measured.filter(|_| is_planned),
+            bandwidth: bandwidth.filter(|_| is_planned),
             verdicts,
         })
     }

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use ep::alloc::{BackendKind, Route};
-use ep::driver::{Call, DeviceOrdinal, FabricState, Status};
+use ep::driver::{Call, DeviceOrdinal, Driver, FabricState, Status};
 use ep::{Choice, Communicator, Error, Preflight, Report};
 use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
 
@@ -88,8 +88,7 @@ fn ranks_that_force_different_memory_are_named() {
 
 #[test]
 fn private_ipc_namespaces_are_found_by_importing() {
-    let cluster = Cluster::hgx_h200(2);
-    let private = cluster.map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+    let private = containers();
     let auto = run(&drivers(&private), &[Choice::Auto; 2])
         .remove(0)
         .unwrap();
@@ -131,6 +130,99 @@ fn a_rank_without_memory_is_named_by_all() {
         assert!(problems[0].what.contains("cuMemAlloc"), "{problems:?}");
         assert_eq!(problems[1].ranks, [0], "{problems:?}");
     }
+}
+
+/// CUDA IPC is refused between containers, so the group makes a second attempt. It does so on every
+/// rank, although the driver of one does not take back what it gave for the first.
+#[test]
+fn a_refused_release_of_one_attempt_does_not_keep_a_rank_from_the_next() {
+    let cluster = containers();
+    let clean = drivers(&cluster);
+    let expected = run(&clean, &[Choice::Auto; 2]).remove(0).unwrap();
+    assert_eq!(expected.backend, BackendKind::PosixFd);
+    let calls: Vec<_> = clean[1].journal().iter().map(|entry| entry.call).collect();
+    let probed = probe_calls(&cluster).len();
+    // Only the second attempt creates memory by itself.
+    let is_second = |call: &Call| *call == Call::MemCreate;
+    let second = probed + calls[probed..].iter().position(is_second).unwrap();
+    let (mut abandoned, mut closed) = (0, 0);
+    for (n, call) in calls.into_iter().enumerate().skip(probed) {
+        if !matches!(
+            call,
+            Call::MemFree
+                | Call::IpcClose
+                | Call::MemUnmap
+                | Call::MemAddressFree
+                | Call::MemRelease
+        ) {
+            continue;
+        }
+        let drivers = drivers(&cluster);
+        drivers[1].inject(FaultPlan::fail_nth(n, Status::UNKNOWN));
+        let mut reports = run(&drivers, &[Choice::Auto; 2]);
+        let own = reports.remove(1);
+        let other = reports.remove(0).unwrap();
+        assert_eq!(findings(&other), findings(&expected), "call {n}, {call}");
+        if n < second {
+            let own = own.unwrap();
+            assert_eq!(findings(&own), findings(&expected), "call {n}, {call}");
+            abandoned += 1;
+        } else {
+            let error = own.unwrap_err();
+            let source = std::error::Error::source(&error);
+            let source = source.and_then(|source| source.source()).unwrap();
+            assert!(source.to_string().contains(call.name()), "{source}");
+            closed += 1;
+        }
+        for driver in drivers {
+            let live = driver.live();
+            assert!(live.is_explained(), "call {n}, {call}: {live:?}");
+        }
+    }
+    println!("{abandoned} releases refused in the first attempt, {closed} in the second");
+    assert!(abandoned >= 2 && closed >= 4, "{abandoned} {closed}");
+}
+
+/// Neither kind of memory connects the ranks, so the policy names the first one again.
+#[test]
+fn a_backend_that_failed_is_not_attempted_again() {
+    let cluster = containers();
+    let probe = probe_calls(&cluster);
+    let probed = |of: Call| probe.iter().filter(|call| **call == of).count();
+    let drivers = drivers(&cluster);
+    drivers[1].inject(FaultPlan::fail_nth_of(
+        Call::MemImport,
+        probed(Call::MemImport),
+        Status::NOT_PERMITTED,
+    ));
+    let reports = run(&drivers, &[Choice::Auto; 2]);
+    for (report, driver) in reports.into_iter().zip(&drivers) {
+        let report = report.unwrap();
+        assert_eq!(report.plan.as_ref().unwrap().backend, BackendKind::Malloc);
+        assert!(!report.is_usable());
+        // What is said of a pair is of the memory that is named.
+        let gap = report.unreachable(0, 1).unwrap();
+        assert!(gap.to_string().contains("cuIpcOpenMemHandle"), "{gap}");
+        let journal = driver.journal();
+        let made = |of: Call| journal.iter().filter(|entry| entry.call == of).count();
+        for (call, times) in [(Call::IpcOpen, 1), (Call::MemImport, 1)] {
+            assert_eq!(made(call) - probed(call), times, "{call}");
+        }
+        assert!(driver.live().is_empty(), "{:?}", driver.live());
+    }
+}
+
+/// Two ranks of one host, each in a container of its own.
+fn containers() -> Cluster {
+    Cluster::hgx_h200(2).map_nodes(|node| node.ipc_namespace = IpcNamespace::Private)
+}
+
+/// What rank 1 calls before the group meets.
+fn probe_calls(cluster: &Cluster) -> Vec<Call> {
+    let sim = SimDriver::for_rank(cluster, 1).unwrap();
+    let driver: Arc<dyn Driver> = sim.clone();
+    ep::alloc::probe(&driver, DeviceOrdinal(0), &Default::default());
+    sim.journal().iter().map(|entry| entry.call).collect()
 }
 
 /// Every call of a rank fails once, on every backend.
