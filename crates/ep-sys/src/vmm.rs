@@ -174,7 +174,7 @@ impl Mapping {
     }
 
     /// Unmaps, gives the address space back and gives the allocation up. All three are tried; the
-    /// error is the first.
+    /// error is the first, and further ones are logged.
     pub fn close(self) -> Result<()> {
         let Self {
             mapped,
@@ -182,9 +182,8 @@ impl Mapping {
             physical,
         } = self;
         let unmapped = mapped.close();
-        let freed = reservation.close();
-        let released = physical.close();
-        unmapped.and(freed).and(released)
+        let freed = reservation.owned.close_after(unmapped);
+        physical.owned.close_after(freed)
     }
 }
 
@@ -416,6 +415,18 @@ impl<R: Resource> Owned<R> {
 
     fn close(mut self) -> Result<()> {
         self.release()
+    }
+
+    /// Releases after something that this one was a part of. Of two refusals the first is the
+    /// error, and the second is logged as when a guard is dropped.
+    fn close_after(self, before: Result<()>) -> Result<()> {
+        match before {
+            Ok(()) => self.close(),
+            Err(_) => {
+                drop(self);
+                before
+            }
+        }
     }
 
     fn release(&mut self) -> Result<()> {

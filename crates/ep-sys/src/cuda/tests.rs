@@ -1,8 +1,12 @@
 //! The driver against a libcuda that journals its calls.
 
 use std::ffi::OsStr;
+use std::fmt::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+
+use tracing::field::{Field, Visit};
+use tracing::{Level, Metadata, span};
 
 use super::CudaDriver;
 use crate::fake::Fake;
@@ -333,6 +337,60 @@ fn a_refused_release_is_reported_and_the_rest_released() {
     );
 }
 
+/// Any two of the three releases: the first returns a status, the second is missing.
+#[test]
+fn of_two_refused_releases_one_is_reported_and_one_logged() {
+    let releases = [
+        ("cuMemUnmap", Call::MemUnmap),
+        ("cuMemAddressFree", Call::MemAddressFree),
+        ("cuMemRelease", Call::MemRelease),
+    ];
+    for (first, second) in [(0, 1), (0, 2), (1, 2)] {
+        let ((first, call), (second, _)) = (releases[first], releases[second]);
+        let defines = [
+            &format!("FAIL=\"{first}\""),
+            "STATUS=1",
+            &format!("{second}=absent"),
+        ];
+        let Some(fake) = Fake::libcuda(&defines) else {
+            return;
+        };
+        let driver = ready(&fake, D0);
+        let mapping = || {
+            let physical = Physical::create(&driver, D0, MIB2, HandleKind::PosixFd, false);
+            let mapping = Mapping::new(physical.unwrap(), 0).unwrap();
+            fake.journal();
+            mapping
+        };
+        // The others are asked of the driver, in order.
+        let asked = || {
+            let mut calls = releases.map(|(name, _)| name).to_vec();
+            calls.retain(|name| *name != second);
+            let made = calls.len();
+            let journal = self::calls(&fake);
+            assert_eq!(journal.len(), made, "{journal:?}");
+            for (line, name) in journal.iter().zip(calls) {
+                assert!(line.contains(name), "{journal:?}");
+            }
+        };
+
+        let kept = mapping();
+        let (closed, log) = logged(|| kept.close());
+        asked();
+        assert_eq!(closed.unwrap_err().call(), call);
+        assert_eq!(log.len(), 1, "{log:?}");
+        assert!(log[0].contains(second), "{log:?}");
+
+        // Nobody is there to take an error.
+        let dropped = mapping();
+        let ((), log) = logged(|| drop(dropped));
+        asked();
+        assert_eq!(log.len(), 2, "{log:?}");
+        assert!(log[0].contains(first), "{log:?}");
+        assert!(log[1].contains(second), "{log:?}");
+    }
+}
+
 #[test]
 fn a_descriptor_is_owned_and_travels_as_a_value() {
     let Some(fake) = Fake::libcuda(&[]) else {
@@ -655,4 +713,47 @@ fn what_is_not_live_is_refused_before_libcuda_follows_it() {
         handle,
     );
     assert!(calls(&fake).is_empty());
+}
+
+/// The errors that are logged meanwhile.
+fn logged<T>(part: impl FnOnce() -> T) -> (T, Vec<String>) {
+    let log = Log::default();
+    let done = tracing::subscriber::with_default(log.clone(), part);
+    let lines = std::mem::take(&mut *log.0.lock().unwrap());
+    (done, lines)
+}
+
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() == Level::ERROR
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut line = Line(String::new());
+        event.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+struct Line(String);
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        write!(self.0, " {field}={value:?}").unwrap();
+    }
 }
