@@ -1,32 +1,71 @@
 // What launchers share on the host side.
 #pragma once
 
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include "ep_kernels.h"
 
 namespace ep {
 
-// Makes a device current and gives back the caller's.
+// Makes a device current and gives back the context that the thread had.
+//
+// Whether it had one, cudaGetDevice does not tell: it says 0 in a thread that has none. To set
+// device 0 there afterwards would make a context on a GPU that may be another rank's, because
+// cudaSetDevice makes one since CUDA 12. So the driver is asked, by entry points that the runtime
+// hands out, and a thread without a context is left with the device's. A thread that is on the
+// device is asked nothing more, and such is every thread that was left with it.
 class DeviceGuard {
 public:
   explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
+    int before = 0;
+    error_ = cudaGetDevice(&before);
+    if (error_ != cudaSuccess || before == device) return;
+    error_ = entries().error;
+    if (error_ != cudaSuccess) return;
+    if (entries().get_current(&before_) != CUDA_SUCCESS) before_ = nullptr;
+    error_ = cudaSetDevice(device);
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    // Not by cudaSetDevice: it need not be its device's primary context.
+    if (before_ != nullptr) entries().set_current(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
   cudaError_t error() const { return error_; }
 
 private:
-  int before_ = 0;
-  bool changed_ = false;
+  struct Entries {
+    PFN_cuCtxGetCurrent_v4000 get_current = nullptr;
+    PFN_cuCtxSetCurrent_v4000 set_current = nullptr;
+    cudaError_t error;
+
+    Entries() {
+      error = find("cuCtxGetCurrent", &get_current);
+      if (error == cudaSuccess) error = find("cuCtxSetCurrent", &set_current);
+    }
+
+    template <class Entry>
+    static cudaError_t find(const char* name, Entry* entry) {
+      // In CUDA 12 both are what they were in CUDA 4, which the types name.
+      constexpr unsigned version = 12000;
+      void* found = nullptr;
+      cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+      const cudaError_t e =
+          cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &result);
+      if (e != cudaSuccess) return e;
+      if (result != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+      *entry = reinterpret_cast<Entry>(found);
+      return cudaSuccess;
+    }
+  };
+
+  static const Entries& entries() {
+    static const Entries entries;
+    return entries;
+  }
+
+  CUcontext before_ = nullptr;
   cudaError_t error_;
 };
 
