@@ -45,14 +45,14 @@ impl BufferBuilder {
     }
 
     /// Bound on each step of setting up and tearing down that waits for other ranks. Unless set,
-    /// `EP_DEADLINE_MS`, and without it 60 s.
+    /// `EP_DEADLINE_MS`, and without it 60 s. Zero is refused when the buffer is built.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
     }
 
     /// Bound on the waits of an operation on the device. Unless set, `EP_TIMEOUT_MS`, and without it
-    /// 10 s.
+    /// 10 s. Zero is refused when the buffer is built.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -119,9 +119,25 @@ impl BufferBuilder {
         }
         Ok(Settings {
             choice: self.choice.map_or_else(env::choice, Ok)?,
-            deadline: self.deadline.map_or_else(env::deadline, Ok)?,
-            timeout: self.timeout.map_or_else(env::timeout, Ok)?,
+            deadline: self.bound("deadline", self.deadline, env::deadline)?,
+            timeout: self.bound("timeout", self.timeout, env::timeout)?,
         })
+    }
+
+    fn bound(
+        &self,
+        bound: &'static str,
+        given: Option<Duration>,
+        default: fn() -> Result<Duration, Error>,
+    ) -> Result<Duration, Error> {
+        match given {
+            Some(Duration::ZERO) => Err(Error::ZeroBound {
+                rank: self.comm.rank(),
+                bound,
+            }),
+            Some(duration) => Ok(duration),
+            None => default(),
+        }
     }
 
     /// What this rank tells of itself. Without a choice it says that it cannot go on.

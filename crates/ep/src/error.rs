@@ -25,6 +25,14 @@ pub enum Error {
         /// What is wrong with it.
         source: ShapeError,
     },
+    /// A bound on waits is zero, so that nothing could be waited for.
+    #[error("rank {rank}: the {bound} is zero; give more, or leave it out")]
+    ZeroBound {
+        /// This rank.
+        rank: u32,
+        /// Which: `timeout` or `deadline`, as the [builder](crate::BufferBuilder) calls them.
+        bound: &'static str,
+    },
     /// Ranks were configured differently.
     #[error(
         "rank {rank} has {field} {got}, rank {reference} has {expected}; give every rank the same \

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use ep::driver::DeviceOrdinal;
 use ep::{
-    ArgumentError, BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device,
-    DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Rejected, Scales, Tensor,
+    ArgumentError, BackendKind, Buffer, BufferBuilder, Choice, CombineInput, Communicator, Config,
+    DType, Device, DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Rejected,
+    Scales, Tensor,
 };
 use ep_sim::{Cluster, IpcNamespace, SimDriver};
 use proptest::prelude::*;
@@ -478,6 +479,41 @@ fn no_buffer_has_a_shape_outside_the_limits() {
         for error in errors {
             assert!(error.contains(expected), "{expected}: {error}");
         }
+    }
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn no_buffer_waits_for_no_time_at_all() {
+    type Set = fn(BufferBuilder) -> BufferBuilder;
+    let settings: [(&str, Set); 2] = [
+        ("timeout", |b| b.timeout(Duration::ZERO)),
+        ("deadline", |b| b.deadline(Duration::ZERO)),
+    ];
+    let (case, driver) = (case(2), host(2));
+    for (expected, set) in settings {
+        let errors = threads(2, |comm| {
+            let builder = Buffer::builder(&device(&driver, &comm), &comm, config(&case));
+            let builder = builder.deadline(PATIENCE).timeout(PATIENCE);
+            let builder = if comm.rank() == 1 {
+                set(builder)
+            } else {
+                builder
+            };
+            builder.build().unwrap_err()
+        });
+        assert!(
+            matches!(errors[1], Error::ZeroBound { rank: 1, bound } if bound == expected),
+            "{}",
+            errors[1]
+        );
+        assert!(errors[1].to_string().contains(expected), "{}", errors[1]);
+        // The other rank is told, and does not wait.
+        assert!(
+            matches!(errors[0], Error::Peer { peer: 1, .. }),
+            "{}",
+            errors[0]
+        );
     }
     assert!(driver.live().is_empty());
 }
