@@ -26,9 +26,69 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// # Streams
 /// Operations are enqueued and return at once (on the simulator they have finished by then). They
 /// run in the order of the stream; an operation on another stream than the one before it must be
-/// made to wait for that one, for instance with an [`Event`](crate::Event). Arguments must stay
-/// unchanged, and results are there, when the stream has passed the operation. The device counts the
-/// operations itself, so a captured CUDA graph can be replayed, on every rank alike.
+/// made to wait for that one, with [`Stream::follow`]. Arguments must stay unchanged, and results are
+/// there, when the stream has passed the operation. The device counts the operations itself, so a
+/// captured CUDA graph can be replayed, on every rank alike.
+///
+/// # Beside other work
+/// For operations that run while the caller's stream goes on, make a second stream and give them
+/// that: a communication stream. It first [follows](Stream::follow) the caller's, on which the
+/// arguments are written; the caller's follows it where the results are used.
+///
+/// ```
+/// # use ep::driver::DeviceOrdinal;
+/// # use ep::{Communicator, Config, DType, Device, DispatchInput, DispatchOptions, Tensor};
+/// use ep::{Buffer, CombineInput, Event, Stream};
+/// # use ep_sim::{Cluster, SimDriver};
+///
+/// # let device = Device::host(SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]), DeviceOrdinal(0));
+/// # let comm = Communicator::threads(1).remove(0);
+/// # let buffer = Buffer::builder(&device, &comm, Config::new(128, 2, 3, 1)).build()?;
+/// # let options = DispatchOptions::bf16();
+/// # let mut received = buffer.new_output(&options)?;
+/// # let x = Tensor::from_host(&device, DType::Bf16, [3, 128], &[0x3f80_u16; 3 * 128])?;
+/// # let topk_idx = Tensor::from_host(&device, DType::I64, [3, 1], &[0_i64, 1, 1])?;
+/// # let input = DispatchInput { x: x.view(), topk_idx: topk_idx.view(), topk_weights: None };
+/// # let mut out = Tensor::new(&device, DType::Bf16, [3, 128])?;
+/// // Once, for all layers.
+/// let (compute, communication) = (Stream::new(&device)?, Stream::new(&device)?);
+/// let mut order = Event::untimed(&device)?;
+///
+/// // The tokens are written on `compute`.
+/// communication.follow(&compute, &mut order)?;
+/// let handle = buffer.dispatch(&communication, &input, &options, &mut received)?;
+/// // `compute` goes on, for instance with a shared expert.
+/// compute.follow(&communication, &mut order)?;
+/// // From here on the received rows are there. The experts turn them into their outputs.
+/// communication.follow(&compute, &mut order)?;
+/// let y = CombineInput::new(&received.recv_x);
+/// buffer.combine(&communication, handle, &y, &mut out)?;
+/// // `compute` goes on.
+/// compute.follow(&communication, &mut order)?;
+/// // From here on `out` is there.
+/// # compute.synchronize()?;
+/// # assert_eq!(out.copy_to_host::<u16>()?, [0x3f80; 3 * 128]);
+/// # buffer.close()?;
+/// # Ok::<(), ep::Error>(())
+/// ```
+///
+/// The parts of an operation do so just as well: [`dispatch_send`](Self::dispatch_send) and its
+/// `receive` are each a piece of work on the stream that they are given. While a part runs it takes
+/// the multiprocessors that [`BufferBuilder::num_sms`] allows; fewer leave some to the other work. To
+/// go on behind a point that
+/// lies further back than a stream's end, record an [`Event`](crate::Event) there and let the stream
+/// [`wait`](Stream::wait) for it.
+///
+/// A graph that is captured from the caller's stream takes the communication stream in where it
+/// follows, and ends when the caller's stream has followed it back. Nothing but recording an event
+/// and waiting for it is asked of the driver.
+///
+/// What an operation was given, and the output, must live and stay as they are until its stream has
+/// passed it, not only until the call returns. A [`Tensor`](crate::Tensor) that is dropped before is
+/// freed once the device is idle; memory that came in through `from_raw` is its owner's to keep, and
+/// an allocator that reuses memory in the order of one stream has to be told of the other. What a
+/// graph was captured with must live as long as the graph. A borrowed [`Stream`] must live until the
+/// buffer is closed or used with another; an [`Event`](crate::Event) may be dropped at any time.
 ///
 /// # When a rank does not come
 /// Waits of an operation end after the [time-out](BufferBuilder::timeout). The operation then goes

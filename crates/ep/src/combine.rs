@@ -11,7 +11,8 @@ use crate::{Buffer, DType, Error, Handle, Operation, Stream, TensorMut, TensorRe
 /// What a rank gives back.
 #[derive(Clone, Copy, Debug)]
 pub struct CombineInput<'a> {
-    /// Expert outputs where the dispatch put the inputs, bf16 `[L, N, H]`.
+    /// Expert outputs where the dispatch put the inputs, bf16 `[L, N, H]`. They are read in place and
+    /// copied nowhere first, so an expert that writes this tensor writes where combine reads.
     pub y: TensorRef<'a>,
     /// Weights of this rank's tokens, f32 `[T, K]`, if they are given here and not by the dispatch.
     /// All ranks give them, or none. Without any, the outputs are summed as they are.

@@ -25,7 +25,8 @@ pub struct Config {
     pub max_top_k: u32,
     /// Dispatches that can be alive (dispatched and not yet combined) at once; 2 unless set.
     pub slots: u32,
-    /// Dispatches that can be between their send and their receive part at once; 1 unless set.
+    /// Dispatches that can be between their send and their receive part at once; 1 unless set. Two
+    /// for [two batches that overlap](crate::Buffer::dispatch_send).
     pub sends_in_flight: u32,
 }
 

@@ -78,7 +78,27 @@ impl Stream {
         launch::empty(self).map_err(Error::launch)
     }
 
-    /// Lets later work on this stream wait for an event that has been recorded.
+    /// Lets later work on this stream wait for what is on `other` now: `event` is recorded there and
+    /// waited for here. Any event of the device serves; an [untimed](Event::untimed) one takes least.
+    ///
+    /// Both are enqueued and the host waits for nothing, so that a CUDA graph can capture them. The
+    /// event is free again on return: one serves any number of such orders. To wait for a point that
+    /// other work has been enqueued behind since, [record](Event::record) an event there and
+    /// [`wait`](Self::wait) for it.
+    ///
+    /// Dispatch and combine beside other work are [described](crate::Buffer#beside-other-work) with
+    /// the buffer.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], for instance if streams and event are not of one device. This stream then
+    /// waits for nothing more than before.
+    pub fn follow(&self, other: &Self, event: &mut Event) -> Result<(), Error> {
+        event.record(other)?;
+        self.wait(event)
+    }
+
+    /// Lets later work on this stream wait for an event, for the point where it was last recorded
+    /// when this is called. An event that was never recorded is not waited for.
     pub fn wait(&self, event: &Event) -> Result<(), Error> {
         self.device
             .driver()
@@ -93,7 +113,8 @@ impl fmt::Debug for Stream {
     }
 }
 
-/// A point in a stream's work, with the time at which it was reached.
+/// A point in a stream's work, with the time at which it was reached unless it is
+/// [untimed](Self::untimed).
 ///
 /// ```
 /// # use ep::{Device, Event, Stream, driver::DeviceOrdinal};
@@ -113,7 +134,17 @@ pub struct Event(vmm::Event);
 impl Event {
     /// Creates an event that can be timed.
     pub fn new(device: &Device) -> Result<Self, Error> {
-        vmm::Event::new(device.driver(), device.ordinal(), true)
+        Self::create(device, true)
+    }
+
+    /// Creates an event that only orders work: [`elapsed_us`](Self::elapsed_us) is refused, and the
+    /// device spends no time on taking the time.
+    pub fn untimed(device: &Device) -> Result<Self, Error> {
+        Self::create(device, false)
+    }
+
+    fn create(device: &Device, timing: bool) -> Result<Self, Error> {
+        vmm::Event::new(device.driver(), device.ordinal(), timing)
             .map(Self)
             .map_err(Error::driver("creating an event"))
     }
@@ -132,7 +163,7 @@ impl Event {
             .map_err(Error::driver("waiting for an event"))
     }
 
-    /// Microseconds from `start` to this event, both recorded and reached; exact to about half a
+    /// Microseconds from `start` to this event, both timed, recorded and reached; exact to about half a
     /// microsecond.
     pub fn elapsed_us(&self, start: &Self) -> Result<f64, Error> {
         self.0

@@ -19,15 +19,16 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use ep::driver::{CudaDriver, Driver, StreamHandle};
 use ep::{
-    BackendKind, Buffer, Choice, Communicator, Config, Device, Element, Error, FaultKind,
-    Operation, Phase, Stream,
+    BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, Element, Error,
+    Event, FaultKind, Operation, Phase, Stream, Tensor,
 };
 
 use zerocopy::IntoBytes;
 
 use common::{Case, Oracle, Precision, Routing, Weights};
 use rig::{
-    Order, PATIENCE, Processes, Rank, Task, Tensors, all_well, case, drawn, explain, threads,
+    Order, PATIENCE, POISON, Processes, Rank, Task, Tensors, all_well, case, drawn, explain,
+    threads,
 };
 
 /// A number from the environment.
@@ -355,6 +356,231 @@ fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
     closed
 }
 
+/// Dispatch and combine on a communication stream, while another computes: the same bits as on one
+/// stream, launched and replayed.
+#[test]
+fn operations_beside_other_work_on_gpus() {
+    for ranks in groups(4) {
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            let case = Case {
+                tokens: vec![9; ranks],
+                precision,
+                ..case(ranks)
+            };
+            let outcomes = threads(ranks, |comm| {
+                beside(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
+            });
+            all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
+        }
+    }
+}
+
+fn beside(case: &Case, comm: &Communicator) -> Result<(), String> {
+    let failed = |error| format!("{error:?}");
+    let device = device(comm.rank()).map_err(explain)?;
+    let context = CudaContext::new(comm.rank() as usize).map_err(failed)?;
+    let theirs = context.new_stream().map_err(failed)?;
+    let raw = StreamHandle(theirs.cu_stream() as u64);
+    // SAFETY: the stream is of the device's primary context, and lives until this function ends.
+    let compute = unsafe { Stream::borrowed(&device, raw) };
+    let rank = Rank::new(&device, comm, case).map_err(explain)?;
+    let inputs = case.inputs(0);
+    let oracle = rank.oracle(0, &inputs);
+
+    // What one stream gives.
+    let mut tensors = rank.tensors(&oracle).map_err(explain)?;
+    rank.experts(&oracle, &mut tensors).map_err(explain)?;
+    let handle = rank.dispatch(&mut tensors).map_err(explain)?;
+    rank.combine(handle, &mut tensors).map_err(explain)?;
+    rank.stream.synchronize().map_err(explain)?;
+    rank.compare_dispatch(&oracle, &tensors)?;
+    rank.compare_combine(&oracle, &tensors)?;
+    let expected = written(&tensors).map_err(explain)?;
+
+    let mut beside = Beside::new(&rank, compute, &oracle, tensors).map_err(explain)?;
+    for is_split in [false, true] {
+        for round in 0..setting("EP_GPU_ITERS", 50).min(50) {
+            beside.poison().map_err(explain)?;
+            beside.enqueue(is_split).map_err(explain)?;
+            beside
+                .compare(&expected)
+                .map_err(|error| format!("launch {round}: {error}"))?;
+        }
+        theirs
+            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(failed)?;
+        let captured = beside.enqueue(is_split);
+        let graph = theirs
+            .end_capture(CUgraphInstantiate_flags(0))
+            .map_err(failed)?;
+        captured.map_err(explain)?;
+        let graph = graph.ok_or("nothing was captured")?;
+        for round in 0..setting("EP_GPU_ITERS", 50).min(50) {
+            beside.poison().map_err(explain)?;
+            graph.launch().map_err(failed)?;
+            beside
+                .compare(&expected)
+                .map_err(|error| format!("replay {round}: {error}"))?;
+        }
+    }
+    let faults = rank.buffer.faults().map_err(explain)?;
+    if let Some(fault) = faults.first() {
+        return Err(fault.to_string());
+    }
+    drop(beside);
+    rank.buffer.close().map_err(explain)
+}
+
+/// A rank whose operations run on its own stream, and what they are given on another.
+struct Beside<'r> {
+    rank: &'r Rank<'r>,
+    compute: Stream,
+    order: Event,
+    /// Fills of it take the compute stream long enough that what does not wait for them is early.
+    work: Tensor,
+    tokens: Tensor,
+    outputs: Tensor,
+    /// What the experts are taken to write.
+    y: Tensor,
+    tensors: Tensors,
+    /// What the compute stream finds where it uses results.
+    seen_counts: Tensor,
+    seen_out: Tensor,
+}
+
+impl<'r> Beside<'r> {
+    const WORK: usize = 128 << 20;
+
+    fn new(
+        rank: &'r Rank<'_>,
+        compute: Stream,
+        oracle: &Oracle<'_>,
+        tensors: Tensors,
+    ) -> Result<Self, Error> {
+        let device = rank.buffer.device();
+        let like = |tensor: &Tensor| Tensor::new(device, tensor.dtype(), tensor.dims());
+        let tokens = Tensor::from_host(
+            device,
+            DType::Bf16,
+            tensors.x.dims(),
+            &oracle.inputs[rank.rank()].x,
+        )?;
+        let rows = tensors.received.src_info.dims();
+        let [experts, rows] = rows.as_slice() else {
+            panic!("src_info has sizes {rows}");
+        };
+        let outputs = Tensor::from_host(
+            device,
+            DType::Bf16,
+            [*experts, *rows, oracle.case.hidden],
+            &oracle.expert_outputs(rank.rank()),
+        )?;
+        Ok(Self {
+            rank,
+            compute,
+            order: Event::untimed(device)?,
+            work: Tensor::new(device, DType::U8, [Self::WORK])?,
+            tokens,
+            y: like(&outputs)?,
+            outputs,
+            seen_counts: like(&tensors.received.recv_count)?,
+            seen_out: like(&tensors.out)?,
+            tensors,
+        })
+    }
+
+    /// Undoes everything that `enqueue` does.
+    fn poison(&mut self) -> Result<(), Error> {
+        self.rank.poison(&mut self.tensors)?;
+        let stream = &self.rank.stream;
+        self.tensors.x.fill(POISON, stream)?;
+        self.y.fill(POISON, stream)?;
+        self.seen_counts.fill(POISON, stream)?;
+        self.seen_out.fill(POISON, stream)?;
+        stream.synchronize()
+    }
+
+    /// Everything from the tokens to their sums. Begins and ends on the compute stream.
+    fn enqueue(&mut self, is_split: bool) -> Result<(), Error> {
+        let Self {
+            rank,
+            compute,
+            order,
+            work,
+            tensors,
+            ..
+        } = self;
+        let communication = &rank.stream;
+        let copy = |to: &Tensor, from: &Tensor| {
+            let device = rank.buffer.device();
+            device
+                .driver()
+                .copy_on_device(
+                    device.ordinal(),
+                    to.ptr(),
+                    from.ptr(),
+                    from.bytes(),
+                    compute.handle(),
+                )
+                .map_err(|source| Error::Driver {
+                    rank: None,
+                    doing: "copying a tensor",
+                    source,
+                })
+        };
+
+        work.fill(1, compute)?;
+        copy(&tensors.x, &self.tokens)?;
+        communication.follow(compute, order)?;
+        let handle = if is_split {
+            let pending = rank.dispatch_send(tensors)?;
+            work.fill(2, compute)?;
+            pending.receive(communication, &mut tensors.received)?
+        } else {
+            rank.dispatch(tensors)?
+        };
+        work.fill(3, compute)?;
+        compute.follow(communication, order)?;
+        copy(&self.seen_counts, &tensors.received.recv_count)?;
+
+        work.fill(4, compute)?;
+        copy(&self.y, &self.outputs)?;
+        communication.follow(compute, order)?;
+        let input = CombineInput::new(&self.y);
+        if is_split {
+            let pending = rank.buffer.combine_send(communication, handle, &input)?;
+            work.fill(5, compute)?;
+            pending.receive(communication, &mut tensors.out)?;
+        } else {
+            rank.buffer
+                .combine(communication, handle, &input, &mut tensors.out)?;
+        }
+        work.fill(6, compute)?;
+        compute.follow(communication, order)?;
+        copy(&self.seen_out, &tensors.out)
+    }
+
+    /// Waits for the compute stream alone.
+    fn compare(&self, expected: &[Vec<u8>]) -> Result<(), String> {
+        self.compute.synchronize().map_err(explain)?;
+        if written(&self.tensors).map_err(explain)? != expected {
+            return Err("the outputs differ".into());
+        }
+        let [.., counts, _, _, out] = expected else {
+            return Err("the outputs are too few".into());
+        };
+        let seen = self.seen_counts.copy_to_host::<i32>().map_err(explain)?;
+        if seen.as_bytes() != counts {
+            return Err(format!("the compute stream found counts {seen:?}"));
+        }
+        let seen = self.seen_out.copy_to_host::<u16>().map_err(explain)?;
+        if seen.as_bytes() != out {
+            return Err("the compute stream found other sums".into());
+        }
+        Ok(())
+    }
+}
+
 #[test]
 fn a_late_rank_is_reported_on_gpus() {
     let Some(&ranks) = groups(4).iter().find(|ranks| **ranks > 1) else {
@@ -479,8 +705,7 @@ fn host_kernels_keep_off_the_memory_of_gpus() {
 #[cfg(feature = "cuda")]
 #[test]
 fn expert_kernels_on_a_gpu() {
-    use ep::{DType, Tensor, experts};
-    use rig::POISON;
+    use ep::experts;
 
     if gpus().is_none() {
         return;

@@ -8,11 +8,11 @@ mod rig;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ep::driver::DeviceOrdinal;
+use ep::driver::{Call, DeviceOrdinal};
 use ep::{
     ArgumentError, BackendKind, Buffer, BufferBuilder, Choice, CombineInput, Communicator, Config,
-    DType, Device, DispatchInput, DispatchOptions, Error, FaultKind, Operation, Phase, Rejected,
-    Scales, Tensor,
+    DType, Device, DispatchInput, DispatchOptions, Error, Event, FaultKind, Operation, Phase,
+    Rejected, Scales, Stream, Tensor,
 };
 use ep_sim::{Cluster, IpcNamespace, SimDriver};
 use proptest::prelude::*;
@@ -358,6 +358,80 @@ fn arguments_are_refused_by_name_and_the_buffer_stays_usable() {
         rank.run(2, Order::Nested).unwrap();
         rank.buffer.close().unwrap();
     });
+}
+
+/// Dispatch and combine on a communication stream, whole and in parts: as on one stream, and nothing
+/// is asked of the driver but what orders the streams.
+#[test]
+fn operations_run_beside_a_compute_stream() {
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let rank = Rank::new(&device, &comm, &case).unwrap();
+        let compute = Stream::new(&device).unwrap();
+        let mut order = Event::untimed(&device).unwrap();
+        for n in 0..4 {
+            let inputs = case.inputs(n);
+            let oracle = rank.oracle(n, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            // What the experts give does not depend on what they get, so it can be there before.
+            rank.experts(&oracle, &mut tensors).unwrap();
+            let calls = || {
+                let mut calls = driver.journal();
+                calls.retain(|entry| entry.device == device.ordinal());
+                calls
+            };
+            let before = calls().len();
+            let mut beside = || {
+                rank.stream.follow(&compute, &mut order)?;
+                let handle = if n % 2 == 0 {
+                    rank.dispatch(&mut tensors)?
+                } else {
+                    let pending = rank.dispatch_send(&tensors)?;
+                    compute.follow(&rank.stream, &mut order)?;
+                    rank.stream.follow(&compute, &mut order)?;
+                    pending.receive(&rank.stream, &mut tensors.received)?
+                };
+                compute.follow(&rank.stream, &mut order)?;
+                rank.stream.follow(&compute, &mut order)?;
+                if n % 2 == 0 {
+                    rank.combine(handle, &mut tensors)?;
+                } else {
+                    let pending = rank.combine_send(handle, &tensors)?;
+                    pending.receive(&rank.stream, &mut tensors.out)?;
+                }
+                compute.follow(&rank.stream, &mut order)
+            };
+            beside().unwrap();
+            let made: Vec<_> = calls()[before..].iter().map(|entry| entry.call).collect();
+            let orders = if n % 2 == 0 { 4 } else { 6 };
+            assert_eq!(
+                made,
+                [Call::EventRecord, Call::StreamWaitEvent].repeat(orders)
+            );
+            compute.synchronize().unwrap();
+            rank.compare_dispatch(&oracle, &tensors).unwrap();
+            rank.compare_combine(&oracle, &tensors).unwrap();
+        }
+        assert!(rank.buffer.faults().unwrap().is_empty());
+
+        // An event without a time has none, and one of another device orders nothing here.
+        let start = Event::new(&device).unwrap();
+        start.record(&compute).unwrap();
+        assert!(matches!(
+            order.elapsed_us(&start),
+            Err(Error::Driver { .. })
+        ));
+        // By now nobody counts the calls for its device any more.
+        comm.barrier(PATIENCE).unwrap();
+        let other = Device::host(driver.clone(), DeviceOrdinal(1 - comm.rank()));
+        let mut foreign = Event::untimed(&other).unwrap();
+        let refused = compute.follow(&rank.stream, &mut foreign).unwrap_err();
+        assert!(matches!(refused, Error::Driver { .. }), "{refused}");
+        rank.run(2, Order::Overlapped).unwrap();
+        rank.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
 }
 
 /// The argument and what is wrong with it.
