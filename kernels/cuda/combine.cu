@@ -1,10 +1,10 @@
 // Combine: the owner of a token's experts reduces its rows to one partial and pushes it back; the
 // token's rank sums the partials.
 //
-// As in dispatch, a block has two halves that never wait for each other, and no block waits for
-// another block. The sending half walks the rows that were received, the receiving half the tokens
-// that were sent. If the weights are given only here, the receiving half first pushes them to the
-// owners.
+// Every warp first sends, walking the rows that were received, then receives, walking the tokens
+// that were sent: what others wait for comes first, and nobody polls while there is something to
+// send. If the weights are given only here, they are pushed to the owners before anything else. No
+// block waits for another block.
 
 #include <cuda_bf16.h>
 
@@ -15,18 +15,17 @@
 namespace ep {
 namespace {
 
-constexpr uint32_t kSendThreads = 448;
-constexpr uint32_t kRecvThreads = 448;
-constexpr uint32_t kSendWarps = kSendThreads / 32;
-constexpr uint32_t kRecvWarps = kRecvThreads / 32;
 constexpr uint32_t kNowhere = ~0u;
-constexpr uint32_t kSendPieces = 2;      // pieces of a row per lane and unit of sending
-constexpr uint32_t kEntriesAtOnce = 2;   // experts' rows loaded before the first is added
+constexpr uint32_t kSendPieces = 1;      // pieces of a row per lane and unit of sending
+constexpr uint32_t kEntriesAtOnce = 4;   // experts' rows loaded before the first is added
 constexpr uint32_t kPartialsAtOnce = 4;  // partials polled before the first is added
 constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
 
+// H is the hidden size where it is known at compile time.
 template <uint32_t H>
 struct Problem {
+  // Warps of a block: as many as can have the registers that they need.
+  static constexpr uint32_t kWarps = H != 0 ? 32 : 28;
   const ep_combine_args& a;
 
   __device__ __forceinline__ explicit Problem(const ep_combine_args& args) : a(args) {}
@@ -40,10 +39,14 @@ struct Problem {
     return base + a.layout.partials + a.handle.slot * a.layout.partials_slot_stride +
            owner * a.layout.partials_source_stride + slot * a.layout.partial_stride;
   }
-  // Whose partials a line of the buffer belongs to.
+  // Whose partials a line of the buffer belongs to. Only for reports, and no division, which would
+  // cost registers everywhere.
   __device__ __forceinline__ uint32_t owner_of(uint32_t line) const {
-    return static_cast<uint32_t>((uint64_t{line} * kLine - partial_at(0, 0, 0)) /
-                                 a.layout.partials_source_stride);
+    const uint64_t offset = uint64_t{line} * kLine;
+    uint32_t owner = 0;
+#pragma unroll 1
+    while (offset >= partial_at(0, owner + 1, 0)) ++owner;
+    return owner;
   }
   __device__ __forceinline__ uint64_t weights_at(uint64_t base, uint32_t source,
                                                  uint32_t slot) const {
@@ -131,26 +134,35 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
   }
 }
 
+// Some lines of a received row.
+struct SendUnit {
+  uint32_t source;
+  uint32_t slot;
+  uint32_t first_line;
+};
+
+// What dispatch left of a received row.
+struct RowEntries {
+  uint32_t count = 0;
+  uint64_t mine = 0;  // the lane's: row of y and weight
+};
+
 // Reduces some lines of one received row and stores them to the row's source. One warp.
 template <class P>
-__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t source,
-                                          uint64_t partner, uint32_t slot, uint32_t first_line) {
+__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t partner,
+                                          const SendUnit& unit, const RowEntries& entries) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
   const RowShape shape = p.row();
-  const uint64_t* map = reinterpret_cast<const uint64_t*>(p.a.handle.recv_map) +
-                        (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
-  const uint32_t entries = static_cast<uint32_t>(map[0] >> 32);
-  const uint64_t entry = thread < g.max_top_k ? map[1 + thread] : 0;
-  if (entries == 0) return;
+  if (entries.count == 0) return;
 
   uint4 given = {};
   const bool weights_here = (p.a.flags & EP_COMBINE_WEIGHTS) != 0;
   if (weights_here) {
-    const uint8_t* from =
-        reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
-        lane.line * kLine + lane.piece * 16;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(
+                              p.weights_at(peer_base(g, g.rank), unit.source, unit.slot)) +
+                          lane.line * kLine + lane.piece * 16;
     Patience patience;
     for (;;) {
       if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
@@ -158,7 +170,7 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
                      !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
         break;
       if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
-        if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
+        if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, unit.source);
         return;
       }
     }
@@ -169,16 +181,17 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
   uint32_t offset[kSendPieces];
 #pragma unroll
   for (uint32_t i = 0; i < kSendPieces; ++i)
-    offset[i] = piece_offset(shape, first_line + i * kLinesPerWarp + lane.line, lane);
+    offset[i] = piece_offset(shape, unit.first_line + i * kLinesPerWarp + lane.line, lane);
 
   Channels sum[kSendPieces];
-  for (uint32_t e = 0; e < entries; e += kEntriesAtOnce) {
+#pragma unroll 1
+  for (uint32_t e = 0; e < entries.count; e += kEntriesAtOnce) {
     uint4 rows[kEntriesAtOnce][kSendPieces];
     float weight[kEntriesAtOnce];
 #pragma unroll
     for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
       const uint32_t at = e + j;
-      const uint64_t which = __shfl_sync(~0u, entry, at % 32);
+      const uint64_t which = __shfl_sync(~0u, entries.mine, at % 32);
       const uint8_t* row = y + uint64_t{static_cast<uint32_t>(which)} * row_bytes;
       weight[j] = __uint_as_float(static_cast<uint32_t>(which >> 32));
       if (weights_here) {
@@ -191,7 +204,7 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
 #pragma unroll
       for (uint32_t i = 0; i < kSendPieces; ++i) {
         rows[j][i] = {};
-        if (at < entries && offset[i] < row_bytes) {
+        if (at < entries.count && offset[i] < row_bytes) {
           if (!lane.last()) {
             rows[j][i] = arch::ld_stream_v4(row + offset[i]);
           } else {
@@ -203,7 +216,7 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
     }
 #pragma unroll
     for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
-      if (e + j >= entries) break;
+      if (e + j >= entries.count) break;
 #pragma unroll
       for (uint32_t i = 0; i < kSendPieces; ++i) {
         const Channels c = unpack(rows[j][i]);
@@ -214,10 +227,11 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint32_t s
     }
   }
 
-  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(partner, g.rank, slot)) + lane.piece * 16;
+  uint8_t* to =
+      reinterpret_cast<uint8_t*>(p.partial_at(partner, g.rank, unit.slot)) + lane.piece * 16;
 #pragma unroll
   for (uint32_t i = 0; i < kSendPieces; ++i) {
-    const uint32_t line = first_line + i * kLinesPerWarp + lane.line;
+    const uint32_t line = unit.first_line + i * kLinesPerWarp + lane.line;
     uint4 v = pack(sum[i]);
     if (lane.last()) v = seal({v.x, v.y}, epoch);
     if (line < shape.lines()) arch::st_relaxed_sys_v4(to + line * kLine, v);
@@ -228,23 +242,49 @@ template <class P>
 __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
                                      const uint32_t* source_rows, uint64_t epoch) {
   const ep_group& g = p.a.group;
+  const uint32_t thread = threadIdx.x % 32;
   uint32_t most = 0;
+#pragma unroll 1
   for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
   constexpr uint32_t kUnitLines = kSendPieces * kLinesPerWarp;
   const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
   const uint32_t units = most * g.num_ranks * units_per_row;
-  const uint32_t warp = threadIdx.x / 32;
-  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kSendWarps * gridDim.x) {
+  auto find = [&](uint32_t u) {
     const uint32_t row = u / units_per_row;
+    SendUnit unit;
+    unit.slot = row / g.num_ranks;
     // Each rank begins with another source, so that at any time ranks send to different ones.
-    const uint32_t source = (row + g.rank + 1) % g.num_ranks;
-    const uint32_t slot = row / g.num_ranks;
-    if (slot >= source_rows[source]) continue;
-    const uint64_t partner = partners[source];
+    const uint32_t turn = row - unit.slot * g.num_ranks + g.rank + 1;
+    unit.source = turn < g.num_ranks ? turn : turn - g.num_ranks;
+    unit.first_line = (u - row * units_per_row) * kUnitLines;
+    return unit;
+  };
+  auto load = [&](uint32_t u) {
+    RowEntries entries;
+    if (u >= units) return entries;
+    const SendUnit unit = find(u);
+    if (unit.slot >= source_rows[unit.source]) return entries;
+    const uint64_t* map = reinterpret_cast<const uint64_t*>(p.a.handle.recv_map) +
+                          (uint64_t{unit.source} * g.max_tokens + unit.slot) * (1 + g.max_top_k);
+    entries.count = static_cast<uint32_t>(map[0] >> 32);
+    if (thread < g.max_top_k) entries.mine = map[1 + thread];
+    return entries;
+  };
+  // What a row consists of is loaded while the row before is on its way.
+  uint32_t u = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  RowEntries next = load(u);
+#pragma unroll 1
+  for (; u < units; u += P::kWarps * gridDim.x) {
+    const RowEntries entries = next;
+    next = load(u + P::kWarps * gridDim.x);
+    const SendUnit unit = find(u);
+    if (unit.slot >= source_rows[unit.source]) continue;
+    const uint64_t partner = partners[unit.source];
     if (partner != 0)
-      send_unit(p, epoch, source, partner, slot, u % units_per_row * kUnitLines);
-    else if (threadIdx.x % 32 == 0 && peer_base(g, source) == 0)
-      record_peer_fault(g, kCombineSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, source, 0, 0);
+      send_unit(p, epoch, partner, unit, entries);
+    else if (thread == 0 && peer_base(g, unit.source) == 0)
+      record_peer_fault(g, kCombineSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, unit.source, 0,
+                        0);
   }
 }
 
@@ -264,7 +304,6 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
         reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
 
   const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank));
-  const uint8_t* own = base + lane.piece * 16;
   // What a rank that takes no part had promised does not come.
   if (route != kNowhere && partners[route >> 16] == 0) [[unlikely]] {
     if (peer_base(g, route >> 16) == 0)
@@ -276,61 +315,47 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
   Channels sum = {};
   bool any = false;
   uint32_t next = __reduce_min_sync(~0u, route);
+#pragma unroll 1
   while (next != kNowhere) {
     // Owners ascend, some at a time.
     uint32_t at[kPartialsAtOnce];  // the lane's line, counted from the buffer's base
     uint4 piece[kPartialsAtOnce];
-    uint32_t missing = 0;
-    uint32_t count = 0;
+    uint32_t wanted = 0;
 #pragma unroll
     for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
       at[i] = static_cast<uint32_t>(p.partial_at(0, next >> 16, next & 0xffff) / kLine) + line;
       piece[i] = {};
       if (next != kNowhere) {
-        missing |= 1u << i;
-        ++count;
+        wanted |= 1u << i;
         if (route == next) route = kNowhere;
         next = __reduce_min_sync(~0u, route);
       }
     }
     Patience patience;
-    uint32_t absent = 0;
+    uint32_t missing = wanted;
     while (missing != 0) {
 #pragma unroll
       for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
         if ((missing >> i & 1) != 0 && mine)
-          piece[i] = arch::ld_relaxed_sys_v4(own + uint64_t{at[i]} * kLine);
+          piece[i] = arch::ld_relaxed_sys_v4(base + uint64_t{at[i]} * kLine + lane.piece * 16);
 #pragma unroll
       for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
         if ((missing >> i & 1) != 0 &&
             __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
           missing &= ~(1u << i);
-      if (missing == 0) break;
-      // Watch one partial's epochs only: many warps wait here, and what they read while they wait,
-      // others cannot.
-      const uint32_t watched_at = __ffs(missing) - 1;
-      uint32_t watched = at[0];
-#pragma unroll
-      for (uint32_t i = 1; i < kPartialsAtOnce; ++i)
-        if (watched_at == i) watched = at[i];
-      const uint8_t* flag = base + uint64_t{watched} * kLine + kLine - sizeof(uint64_t);
-      bool over = false;
-      while (!over && __any_sync(~0u, mine && arch::ld_relaxed_sys_u64(flag) != epoch))
-        over = __any_sync(~0u, patience.expired(g, kCombineRecv, epoch));
-      if (over) [[unlikely]] {
-        absent = missing;
+      if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]] {
         uint32_t mine_at = at[0];
 #pragma unroll
         for (uint32_t i = 1; i < kPartialsAtOnce; ++i)
           if (thread == i) mine_at = at[i];
-        if (thread < kPartialsAtOnce && (absent >> thread & 1) != 0)
+        if (thread < kPartialsAtOnce && (missing >> thread & 1) != 0)
           report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
         break;
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
-      if (i >= count || (absent >> i & 1) != 0) continue;
+      if (((wanted & ~missing) >> i & 1) == 0) continue;
       const Channels c = unpack(piece[i]);
 #pragma unroll
       for (int v = 0; v < 8; ++v) sum.v[v] = any ? sum.v[v] + c.v[v] : c.v[v];
@@ -353,17 +378,19 @@ template <class P>
 __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, uint64_t epoch) {
   const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
   const uint32_t units = p.a.handle.num_tokens * units_per_row;
-  const uint32_t warp = (threadIdx.x - kSendThreads) / 32;
-  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += kRecvWarps * gridDim.x)
+  const uint32_t warp = threadIdx.x / 32;
+#pragma unroll 1
+  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += P::kWarps * gridDim.x)
     receive_unit(p, partners, epoch, u / units_per_row, u % units_per_row * kLinesPerWarp);
 }
 
 template <uint32_t H>
-__global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1)
+__global__ void __launch_bounds__(32 * Problem<H>::kWarps, 1)
     combine(const __grid_constant__ ep_combine_args args) {
   extern __shared__ uint64_t partners[];  // [R], then source_rows u32 [R]
   __shared__ uint64_t send_epoch;
   __shared__ uint64_t recv_epoch;
+  constexpr uint32_t kWarps = Problem<H>::kWarps;
   const Problem<H> p(args);
   const ep_group& g = args.group;
   const Control control(g);
@@ -373,7 +400,7 @@ __global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1)
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t lane = threadIdx.x % 32;
   if (threadIdx.x == 0) send_epoch = epoch_of(control, kCombineSend);
-  if (threadIdx.x == kSendThreads) recv_epoch = epoch_of(control, kCombineRecv);
+  if (threadIdx.x == 1) recv_epoch = epoch_of(control, kCombineRecv);
   if (warp == 1)
     for (uint32_t r = lane; r < g.num_ranks; r += 32) partners[r] = partner_base(g, control, r);
   if (warp == 2)
@@ -381,31 +408,36 @@ __global__ void __launch_bounds__(kSendThreads + kRecvThreads, 1)
       source_rows[r] = reinterpret_cast<const uint32_t*>(args.handle.recv_rows)[r];
   __syncthreads();
   // The warp that has the least to do.
-  if (warp == kSendWarps + kRecvWarps - 1) {
+  if (warp == kWarps - 1) {
     if (lane == 0 && sends) advance(control, kCombineSend, send_epoch);
     if (lane == 1 && receives) advance(control, kCombineRecv, recv_epoch);
     __syncwarp();
   }
 
-  if (warp < kSendWarps) {
-    if (sends) send(p, partners, source_rows, send_epoch);
-    return;
-  }
   if (sends && (args.flags & EP_COMBINE_WEIGHTS) != 0) {
-    for (uint32_t t = (warp - kSendWarps) * gridDim.x + blockIdx.x; t < args.handle.num_tokens;
-         t += kRecvWarps * gridDim.x)
+    for (uint32_t t = warp * gridDim.x + blockIdx.x; t < args.handle.num_tokens;
+         t += kWarps * gridDim.x)
       push_weights(p, t, partners, send_epoch);
   }
+  if (sends) send(p, partners, source_rows, send_epoch);
   if (receives) receive(p, partners, recv_epoch);
 }
 
-using CombineKernel = void(const ep_combine_args);
+struct CombineKernel {
+  void (*kernel)(const ep_combine_args);
+  uint32_t threads;
+};
 
-CombineKernel* kernel_for(uint32_t hidden) {
+template <uint32_t H>
+constexpr CombineKernel kernel() {
+  return {combine<H>, 32 * Problem<H>::kWarps};
+}
+
+CombineKernel kernel_for(uint32_t hidden) {
   switch (hidden) {
-  case 3584: return combine<3584>;
-  case 7168: return combine<7168>;
-  default: return combine<0>;
+  case 3584: return kernel<3584>();
+  case 7168: return kernel<7168>();
+  default: return kernel<0>();
   }
 }
 
@@ -435,9 +467,9 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) {
-    CombineKernel* kernel = kernel_for(args->group.hidden);
-    kernel<<<grid, kSendThreads + kRecvThreads, 12 * args->group.num_ranks,
-             static_cast<cudaStream_t>(stream)>>>(*args);
+    const CombineKernel k = kernel_for(args->group.hidden);
+    k.kernel<<<grid, k.threads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(
+        *args);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

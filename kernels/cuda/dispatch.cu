@@ -2,13 +2,13 @@
 // experts.
 //
 // Warps of a block have one task each and wait for no other block:
-//   senders   count the entries before the block's tokens, quantise, and store whole lines to the
-//             peers;
+//   senders   quantise, and store whole lines to the peers;
 //   a router  gives each token its slots, so that the same input gives the same bits: a slot is a
 //             prefix sum in token order;
 //   readers   poll all sources' counts and sum them to where each source's rows begin;
-//   placers   take a row's lines as they arrive and copy them to the row's experts.
-// The last block first tells every rank its counts.
+//   placers   count the entries before the block's tokens, then take rows' lines as they arrive and
+//             copy them to the rows' experts; so does every warp that has done its own task.
+// The last block tells every rank its counts.
 
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
@@ -20,25 +20,25 @@ namespace ep {
 namespace {
 
 constexpr uint32_t kSenderWarps = 14;
-constexpr uint32_t kPlacerWarps = 11;
-constexpr uint32_t kReaderWarps = 2;
+constexpr uint32_t kPlacerWarps = 9;
+constexpr uint32_t kReaderWarps = 4;
 constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
 constexpr uint32_t kFirstReader = kRouterWarp + 1;
 constexpr uint32_t kThreads = 32 * (kFirstReader + kReaderWarps);
 constexpr uint32_t kReaders = 32 * kReaderWarps;
 constexpr uint32_t kSenders = 32 * kSenderWarps;
+constexpr uint32_t kPlacers = 32 * kPlacerWarps;
 constexpr uint32_t kSendersAndRouter = kSenders + 32;
+constexpr uint32_t kSendersRouterAndPlacers = kSendersAndRouter + kPlacers;
 
 // Named barriers.
-constexpr uint32_t kSendBarrier = 1;
-constexpr uint32_t kCountedBarrier = 2;
-constexpr uint32_t kRoutedBarrier = 3;  // and 4: by batch parity
-constexpr uint32_t kFreeBarrier = 5;    // and 6
-constexpr uint32_t kReadBarrier = 7;
-constexpr uint32_t kMeetBarrier = 8;  // the whole block, each task at its own place
+constexpr uint32_t kCountBarrier = 1;    // placers
+constexpr uint32_t kReadBarrier = 2;     // readers
+constexpr uint32_t kCountedBarrier = 3;  // senders, router and placers
+constexpr uint32_t kReadyBarrier = 4;    // senders and the router
 
-constexpr uint32_t kBatch = 4;  // tokens routed at once
-constexpr uint32_t kLoads = 4;  // line loads in flight per lane and unit of placing
+constexpr uint32_t kPlaces = 2;  // for tokens that are quantised, routed and sent, in turn
+constexpr uint32_t kLoads = 2;   // line loads in flight per lane and unit of placing
 constexpr uint32_t kUnitLines = kLoads * kLinesPerWarp;
 constexpr uint32_t kNowhere = ~0u;
 constexpr uint32_t kChannelsPerScale = 128;
@@ -46,7 +46,10 @@ constexpr uint32_t kChannelsPerScale = 128;
 struct Fixed {
   uint64_t send_epoch;
   uint64_t recv_epoch;
-  uint64_t placeable;  // barrier: readers arrive once `begin` and `source_rows` are complete
+  uint32_t most_rows;    // from one source
+  uint32_t units_taken;  // of placing
+  uint64_t placeable;    // barrier: readers arrive once `begin`, `source_rows` and `most_rows` are
+                         // complete
 };
 
 // Offsets of what a block keeps in its dynamic shared memory.
@@ -57,11 +60,11 @@ struct Shared {
   uint32_t begin;         // u32 [L][R + 1] first row of each source
   uint32_t rank_rows;     // u32 [R] rows for each rank so far
   uint32_t expert_rows;   // u32 [E] entries of each expert so far
-  uint32_t destinations;  // u32 [2][kBatch] how many
-  uint32_t row_base;      // u64 [2][kBatch][D] where a token's row goes at each of its destinations
-  uint32_t header;        // u64 [2][kBatch][D][1 + K]
-  uint32_t scales;        // u32 [2][scale_stride]
-  uint32_t body;          // u8 [2][H] quantised rows
+  uint32_t destinations;  // u32 [kPlaces] how many
+  uint32_t row_base;      // u64 [kPlaces][D] where a token's row goes at each of them, or 0
+  uint32_t header;        // u64 [kPlaces][D][1 + K]
+  uint32_t scales;        // u32 [kPlaces][scale_stride]
+  uint32_t body;          // u8 [kPlaces][H] quantised rows
   uint32_t bytes;
 
   Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
@@ -73,11 +76,11 @@ struct Shared {
     rank_rows = align16(begin + 4 * (g.num_experts / g.num_ranks) * (g.num_ranks + 1));
     expert_rows = align16(rank_rows + 4 * g.num_ranks);
     destinations = align16(expert_rows + 4 * g.num_experts);
-    row_base = align16(destinations + 4 * 2 * kBatch);
-    header = row_base + 8 * 2 * kBatch * d;
-    scales = align16(header + 8 * 2 * kBatch * d * (1 + top_k));
-    body = scales + (fp8 ? 2 * 4 * scale_stride(hidden) : 0);
-    bytes = body + (fp8 ? 2 * hidden : 0);
+    row_base = align16(destinations + 4 * kPlaces);
+    header = row_base + 8 * kPlaces * d;
+    scales = align16(header + 8 * kPlaces * d * (1 + top_k));
+    body = scales + (fp8 ? kPlaces * 4 * scale_stride(hidden) : 0);
+    bytes = body + (fp8 ? kPlaces * hidden : 0);
   }
 
   static __host__ __device__ uint32_t align16(uint32_t at) { return (at + 15) & ~15u; }
@@ -112,13 +115,15 @@ struct Plan {
   Shared shared;
   Divisor local_experts;
   Divisor packets_per_source;
+  uint32_t entry_shift;       // log2 of the lanes that look at one token's entries
   uint32_t tokens_per_block;  // or 1, where blocks share a token's destinations:
   uint32_t blocks_per_token;  // each takes every `blocks_per_token`th
   Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
       : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
         local_experts(a.group.num_experts / a.group.num_ranks),
-        packets_per_source(local_experts.value + 1),
+        packets_per_source(local_experts.value + 1), entry_shift(0),
         tokens_per_block(div_up(a.handle.num_tokens, grid)), blocks_per_token(1) {
+    while ((1u << entry_shift) < a.handle.top_k) ++entry_shift;
     // One multiprocessor alone stores far slower than the links.
     const uint32_t tokens = a.handle.num_tokens;
     if (tokens != 0 && 2 * tokens <= grid) {
@@ -170,106 +175,120 @@ struct Problem {
   }
 };
 
-// The smallest power of two that is not less than n, 1..=32.
-__device__ __forceinline__ uint32_t power_of_two(uint32_t n) {
-  uint32_t p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-
-// Lanes of a warp that look at entries of the same token, `width` (a power of two) lanes a token.
+// Lanes of a warp that look at entries of the same token: a power of two of lanes a token.
 struct EntryLane {
-  uint32_t width;
+  uint32_t shift;
   uint32_t token;  // of the tokens that the warp looks at
   uint32_t k;
-  __device__ __forceinline__ explicit EntryLane(uint32_t top_k)
-      : width(power_of_two(top_k)), token((threadIdx.x % 32) / width),
-        k((threadIdx.x % 32) % width) {}
-  __device__ __forceinline__ uint32_t tokens_per_warp() const { return 32 / width; }
+  __device__ __forceinline__ explicit EntryLane(uint32_t log2)
+      : shift(log2), token((threadIdx.x % 32) >> log2), k(threadIdx.x & ((1u << log2) - 1)) {}
+  __device__ __forceinline__ uint32_t width() const { return 1u << shift; }
+  __device__ __forceinline__ uint32_t tokens_per_warp() const { return 32u >> shift; }
 };
 
-enum Kind : uint32_t { kNone, kValid, kOutOfRange, kRepeated };
+// The expert that an entry names, or kNowhere.
+template <class P>
+__device__ __forceinline__ uint32_t expert_of(const P& p, int64_t id) {
+  return static_cast<uint64_t>(id) < p.a.group.num_experts ? static_cast<uint32_t>(id) : kNowhere;
+}
 
-// What a lane's entry is, and whether it is the token's first valid one with its owner.
+// A lane's entry, and how it stands to its token's other entries.
 struct Entry {
-  Kind kind;
   uint32_t expert;
   uint32_t owner;
-  bool leads;
-  __device__ __forceinline__ bool valid() const { return kind == kValid; }
+  uint32_t same;  // bit k: entry k, if it is valid, is of an expert of the same owner
+  bool valid;     // names an expert that no earlier entry names
+  bool leads;     // the token's first valid entry with this owner
 };
 
-// Looks at the entries of all lanes of the warp; lanes without one pass -1. The lanes of a token
-// are compared one by one: `match` instructions take longer the more values differ.
+// Looks at the entries of all lanes of the warp. The comparisons do not depend on each other, which
+// is what makes this short: everything waits for it.
 template <class P>
-__device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, int64_t id) {
-  const bool in_range = id >= 0 && id < static_cast<int64_t>(p.a.group.num_experts);
+__device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, uint32_t expert) {
+  constexpr uint32_t kAtOnce = 8;
+  const uint32_t local_experts = p.plan.local_experts.value;
   Entry entry;
-  entry.expert = in_range ? static_cast<uint32_t>(id) : kNowhere;
-  entry.owner = in_range ? p.plan.local_experts.quotient(entry.expert) : kNowhere;
-  bool repeated = false;
-  entry.leads = true;
+  entry.expert = expert;
+  entry.owner = p.plan.local_experts.quotient(expert);
+  const uint32_t first = entry.owner * local_experts;
+  entry.same = 0;
+  uint32_t twins = 0;
 #pragma unroll 1
-  for (uint32_t back = 1; back < p.a.handle.top_k; ++back) {
-    const uint32_t expert = __shfl_up_sync(~0u, entry.expert, back, e.width);
-    const uint32_t owner = __shfl_up_sync(~0u, entry.owner, back, e.width);
-    if (e.k >= back) {
-      repeated |= expert == entry.expert;
-      // An earlier entry with this owner is valid, or repeats one that is.
-      entry.leads &= owner != entry.owner;
+  for (uint32_t base = 0; base < p.a.handle.top_k; base += kAtOnce) {
+    uint32_t same = 0;
+    uint32_t equal = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < kAtOnce; ++j) {
+      // Beyond the token's lanes these come round again, into bits above theirs.
+      const uint32_t other = __shfl_sync(~0u, expert, base + j, e.width());
+      same |= other - first < local_experts ? 1u << j : 0;
+      equal |= other == expert ? 1u << j : 0;
     }
+    entry.same |= same << base;
+    twins |= equal << base;
   }
-  entry.kind = !in_range ? (id == -1 ? kNone : kOutOfRange) : repeated ? kRepeated : kValid;
-  entry.leads &= entry.valid();
+  const uint32_t earlier = (1u << e.k) - 1;
+  entry.valid = expert != kNowhere && (twins & earlier) == 0;
+  // An earlier entry with this owner is valid, or repeats one that is.
+  entry.leads = expert != kNowhere && (entry.same & earlier) == 0;
   return entry;
 }
 
-// The entry that a sending thread looks at when the warps' tokens begin at `base`; -1 if it has
-// none.
+__device__ __forceinline__ uint32_t placer() { return threadIdx.x - kSenders; }
+
+// The expert of the entry that a placer looks at when the warps' tokens begin at `base`.
 template <class P>
-__device__ __forceinline__ int64_t load_entry(const P& p, const EntryLane& e, uint32_t base,
-                                              uint32_t to) {
-  const uint32_t t = base + threadIdx.x / 32 * e.tokens_per_warp() + e.token;
+__device__ __forceinline__ uint32_t load_expert(const P& p, const EntryLane& e, uint32_t base,
+                                                uint32_t to) {
+  const uint32_t t = base + placer() / 32 * e.tokens_per_warp() + e.token;
   const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
-  return t < to && e.k < p.a.handle.top_k ? ids[uint64_t{t} * p.a.handle.top_k + e.k] : -1;
+  return expert_of(p, t < to && e.k < p.a.handle.top_k ? ids[uint64_t{t} * p.a.handle.top_k + e.k]
+                                                       : -1);
 }
 
-// Adds the entries of tokens [0, to) to the running counts; `first` is load_entry at 0. All
-// senders.
+// Adds the entries of tokens [0, to) to the running counts; `first` is load_expert at 0. All
+// placers.
 template <class P>
 __device__ __forceinline__ void count_entries(const P& p, const Shared& s, const EntryLane& e,
-                                              int64_t first, uint32_t to) {
-  const uint32_t step = kSenderWarps * e.tokens_per_warp();
-  int64_t next = first;
+                                              uint32_t first, uint32_t to) {
+  const uint32_t step = kPlacerWarps * e.tokens_per_warp();
+  constexpr uint32_t kAhead = 3;
+  uint32_t next[kAhead];
+#pragma unroll
+  for (uint32_t i = 0; i < kAhead; ++i)
+    next[i] = step < to ? load_expert(p, e, (i + 1) * step, to) : kNowhere;
+  uint32_t expert = first;
 #pragma unroll 1
   for (uint32_t base = 0; base < to; base += step) {
     // `first` may have been loaded beyond `to`.
-    const bool counts = base + threadIdx.x / 32 * e.tokens_per_warp() + e.token < to;
-    const int64_t id = counts ? next : -1;
-    next = load_entry(p, e, base + step, to);
-    const Entry entry = classify(p, e, id);
-    if (entry.valid()) atomicAdd(&shared_at<uint32_t>(s.expert_rows)[entry.expert], 1);
+    const bool counts = base + placer() / 32 * e.tokens_per_warp() + e.token < to;
+    const Entry entry = classify(p, e, counts ? expert : kNowhere);
+    expert = next[0];
+#pragma unroll
+    for (uint32_t i = 1; i < kAhead; ++i) next[i - 1] = next[i];
+    next[kAhead - 1] = load_expert(p, e, base + (kAhead + 1) * step, to);
+    if (entry.valid) atomicAdd(&shared_at<uint32_t>(s.expert_rows)[entry.expert], 1);
     if (entry.leads) atomicAdd(&shared_at<uint32_t>(s.rank_rows)[entry.owner], 1);
   }
 }
 
 __device__ __forceinline__ void clear_counts(const Shared& s, const ep_group& g) {
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_ranks; i += kSenders)
+  for (uint32_t i = placer(); i < g.num_ranks; i += kPlacers)
     shared_at<uint32_t>(s.rank_rows)[i] = 0;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_experts; i += kSenders)
+  for (uint32_t i = placer(); i < g.num_experts; i += kPlacers)
     shared_at<uint32_t>(s.expert_rows)[i] = 0;
 }
 
 // Tells every rank how many rows it gets, and how many of them go to each of its experts. All
-// senders.
+// placers.
 template <class P>
 __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const Divisor& per_rank = p.plan.packets_per_source;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < g.num_ranks * per_rank.value; i += kSenders) {
+  for (uint32_t i = placer(); i < g.num_ranks * per_rank.value; i += kPlacers) {
     const uint32_t rank = per_rank.quotient(i);
     const uint32_t at = i - rank * per_rank.value;
     const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
@@ -282,65 +301,118 @@ __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_
   }
 }
 
-// Routes one token: slots, positions, header and destinations, left at `place` of the batches. One
-// warp; a lane has an entry. Of the blocks that share a token, one `writes` what this rank keeps.
+// What a block sends: tokens [from, to), and of their destinations every `stride`th from `first`
+// on.
+struct Chunk {
+  uint32_t from;
+  uint32_t to;
+  uint32_t first;
+  uint32_t stride;
+  template <class P>
+  __device__ __forceinline__ explicit Chunk(const P& p) : stride(p.plan.blocks_per_token) {
+    const uint32_t token = stride == 1 ? blockIdx.x : blockIdx.x / stride;
+    first = blockIdx.x - token * stride;
+    from = min(token * p.plan.tokens_per_block, p.a.handle.num_tokens);
+    to = min(from + p.plan.tokens_per_block, p.a.handle.num_tokens);
+  }
+  __device__ __forceinline__ uint32_t size() const { return to - from; }
+};
+
+// A lane's entry as it stands in memory.
+struct RouterLoad {
+  uint32_t expert;
+  float weight;
+  template <class P>
+  __device__ __forceinline__ RouterLoad(const P& p, const Chunk& chunk, uint32_t token)
+      : expert(kNowhere), weight(1.0f) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint64_t at = uint64_t{token} * p.a.handle.top_k + lane;
+    if (token >= chunk.to || lane >= p.a.handle.top_k) return;
+    expert = expert_of(p, reinterpret_cast<const int64_t*>(p.a.topk_idx)[at]);
+    if ((p.a.flags & EP_DISPATCH_WEIGHTS) != 0)
+      weight = reinterpret_cast<const float*>(p.a.topk_weights)[at];
+  }
+};
+
+// A lane's entry of a token that the router routes, as far as the token alone tells.
+struct Routed {
+  Entry entry = {};    // `same`: valid ones only
+  uint32_t index = 0;  // of the destination
+  float weight = 1.0f;
+};
+
+// Destinations are in the order of ranks after this one, so that at any time ranks send to
+// different ones.
 template <class P>
-__device__ __forceinline__ void route_token(const P& p, const Shared& s, uint64_t epoch,
-                                            uint32_t token, uint32_t place, bool writes, int64_t id,
-                                            float weight) {
+__device__ __forceinline__ Routed order_entries(const P& p, const RouterLoad& load) {
+  const ep_group& g = p.a.group;
+  Routed r;
+  r.entry = classify(p, EntryLane(5), load.expert);
+  r.weight = load.weight;
+  r.entry.same &= __ballot_sync(~0u, r.entry.valid);
+  const uint32_t owner = r.entry.owner;
+  const uint32_t turn = owner > g.rank ? owner - g.rank - 1 : owner + g.num_ranks - g.rank - 1;
+#pragma unroll 1
+  for (uint32_t base = 0; base < g.num_ranks; base += 32) {
+    const uint32_t at = turn - base;
+    const uint32_t taken = __reduce_or_sync(~0u, r.entry.leads && at < 32 ? 1u << at : 0);
+    r.index += __popc(turn < base ? 0 : at < 32 ? taken & ((1u << at) - 1) : taken);
+  }
+  return r;
+}
+
+// Routes one token: slots, positions, header and destinations, left at `place` for the senders.
+// One warp. Returns what combine has to know of the lane's entry.
+template <class P>
+__device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uint64_t epoch,
+                                                uint32_t token, uint32_t place, const Routed& r) {
   const ep_group& g = p.a.group;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
-  const Entry entry = classify(p, EntryLane(32), id);
-  if (writes && (entry.kind == kOutOfRange || entry.kind == kRepeated)) [[unlikely]]
-    record_fault(g, kDispatchSend, epoch,
-                 entry.kind == kOutOfRange ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
-                 EP_PHASE_SEND, g.rank, token, id);
-  const bool valid = entry.valid();
-  const uint32_t owner = valid ? entry.owner : 0;
-  const uint32_t same = __match_any_sync(~0u, valid ? owner : ~lane);
-  const bool leads = entry.leads;
+  const Entry& entry = r.entry;
+  const uint32_t owner = entry.valid ? entry.owner : 0;
   const uint64_t partner = shared_at<uint64_t>(s.partners)[owner];
-  const bool reachable = valid && partner != 0;
+  uint32_t* rank_rows = shared_at<uint32_t>(s.rank_rows) + owner;
+  uint32_t* expert_rows = shared_at<uint32_t>(s.expert_rows) + entry.expert;
+  uint32_t slot = entry.leads ? *rank_rows : 0;
+  const uint32_t position = entry.valid ? *expert_rows : 0;
+  if (entry.leads) *rank_rows = slot + 1;
+  if (entry.valid) *expert_rows = position + 1;
+  slot = __shfl_sync(~0u, slot, __ffs(entry.same) - 1);
+  const uint32_t at = place * Shared::max_destinations(g, top_k) + r.index;
+  uint64_t* header = shared_at<uint64_t>(s.header) + at * (1 + top_k);
+  if (entry.valid)
+    header[1 + __popc(entry.same & ((1u << lane) - 1))] =
+        uint64_t{__float_as_uint(r.weight)} << 32 | position << 16 | lane << 11 |
+        (entry.expert - owner * p.plan.local_experts.value);
+  if (entry.leads) {
+    header[0] = uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token;
+    shared_at<uint64_t>(s.row_base)[at] =
+        partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride;
+  }
+  const uint32_t destinations = __popc(__ballot_sync(~0u, entry.leads));
+  if (lane == 0) shared_at<uint32_t>(s.destinations)[place] = destinations;
+  return entry.valid && partner != 0 ? owner << 16 | slot : kNowhere;
+}
 
-  uint32_t slot = 0;
-  if (leads) slot = shared_at<uint32_t>(s.rank_rows)[owner]++;
-  slot = __shfl_sync(~0u, slot, __ffs(same) - 1);
-  uint32_t position = 0;
-  if (valid) position = shared_at<uint32_t>(s.expert_rows)[entry.expert]++;
-  if (leads && !reachable && peer_base(g, owner) == 0) [[unlikely]]
-    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, owner, token,
-                      0);
-
-  // Destinations in the order of ranks after this one, so that at any time ranks send to different
-  // ones; the header's entries in top-k order.
-  const uint32_t turn = (owner + g.num_ranks - g.rank - 1) % g.num_ranks;
-  uint32_t index = 0;
-  const uint32_t leaders = __ballot_sync(~0u, leads && reachable);
-#pragma unroll 1
-  for (uint32_t rest = leaders; rest != 0; rest &= rest - 1) {
-    const uint32_t other = __shfl_sync(~0u, turn, __ffs(rest) - 1);
-    index += other < turn;
-  }
-  const uint32_t max_destinations = Shared::max_destinations(g, top_k);
-  uint64_t* header =
-      shared_at<uint64_t>(s.header) + (place * max_destinations + index) * (1 + top_k);
-  if (reachable) {
-    const uint32_t at = __popc(same & ((1u << lane) - 1));
-    header[1 + at] = uint64_t{__float_as_uint(weight)} << 32 | position << 16 | lane << 11 |
-                     (entry.expert - owner * p.plan.local_experts.value);
-    if (leads) {
-      header[0] = uint64_t{static_cast<uint32_t>(__popc(same))} << 32 | token;
-      shared_at<uint64_t>(s.row_base)[place * max_destinations + index] =
-          p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride;
-    }
-  }
-  if (lane == 0) shared_at<uint32_t>(s.destinations)[place] = __popc(leaders);
-  if (writes && lane < top_k) {
-    uint32_t* route = reinterpret_cast<uint32_t*>(p.a.handle.route) + uint64_t{token} * g.max_top_k;
-    route[lane] = reachable ? owner << 16 | slot : kNowhere;
-  }
-  __syncwarp();
+// What the router leaves in memory: off the path of the senders.
+template <class P>
+__device__ __forceinline__ void keep_route(const P& p, uint64_t epoch, uint32_t token,
+                                           const Entry& entry, uint32_t route) {
+  const ep_group& g = p.a.group;
+  const uint32_t lane = threadIdx.x % 32;
+  if (lane >= p.a.handle.top_k) return;
+  reinterpret_cast<uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + lane] = route;
+  if (route != kNowhere) return;
+  const int64_t id =
+      reinterpret_cast<const int64_t*>(p.a.topk_idx)[uint64_t{token} * p.a.handle.top_k + lane];
+  if (!entry.valid && id != -1) [[unlikely]]
+    record_fault(g, kDispatchSend, epoch,
+                 entry.expert == kNowhere ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
+                 EP_PHASE_SEND, g.rank, token, id);
+  if (entry.leads && peer_base(g, entry.owner) == 0) [[unlikely]]
+    record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, entry.owner,
+                      token, 0);
 }
 
 // The scale of a block of channels, and its inverse as it is stored.
@@ -376,11 +448,13 @@ __device__ __forceinline__ Group16 load_group(const P& p, uint32_t token, uint32
   return {arch::ld_stream_v4(x), arch::ld_stream_v4(x + 16)};
 }
 
-// Quantises a token into shared memory. A sender has 16 channels at a time, eight share a scale;
-// `first` is load_group of the thread's first group.
+// Quantises a token into shared memory, at `place`. A sender has 16 channels at a time, eight share
+// a scale; `first` is load_group of the thread's first group.
 template <class P>
-__device__ __forceinline__ void quantise(const P& p, uint32_t token, Group16 first, uint8_t* body,
-                                         uint32_t* scales) {
+__device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t token,
+                                         uint32_t place, Group16 first) {
+  uint8_t* body = shared_at<uint8_t>(s.body) + place * p.hidden();
+  uint32_t* scales = shared_at<uint32_t>(s.scales) + place * Shared::scale_stride(p.hidden());
   const uint32_t groups = p.hidden() / 16;
   const bool pow2 = (p.a.flags & EP_DISPATCH_POW2) != 0;
   for (uint32_t base = 0; base < groups; base += kSenders) {
@@ -439,156 +513,170 @@ __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, con
   return seal(data, epoch);
 }
 
-// What a block sends: tokens [from, to), and of their destinations every `stride`th from `first`
-// on.
-struct Chunk {
-  uint32_t from;
-  uint32_t to;
-  uint32_t first;
-  uint32_t stride;
-  template <class P>
-  __device__ __forceinline__ explicit Chunk(const P& p) : stride(p.plan.blocks_per_token) {
-    const uint32_t token = stride == 1 ? blockIdx.x : blockIdx.x / stride;
-    first = blockIdx.x - token * stride;
-    from = min(token * p.plan.tokens_per_block, p.a.handle.num_tokens);
-    to = min(from + p.plan.tokens_per_block, p.a.handle.num_tokens);
+// A token's row on its way: pieces of lines, some loaded ahead.
+template <bool FP8>
+struct Sending {
+  static constexpr uint32_t kStep = kSenderWarps * kLinesPerWarp;
+  // bf16 rows come from memory, FP8 rows from shared memory.
+  static constexpr uint32_t kAhead = FP8 ? 1 : 3;
+  uint4 piece[kAhead];
+
+  static __device__ __forceinline__ uint32_t first_line() {
+    return threadIdx.x / 32 * kLinesPerWarp;
   }
-  __device__ __forceinline__ uint32_t size() const { return to - from; }
-  __device__ __forceinline__ uint32_t batches() const { return div_up(size(), kBatch); }
+  template <class P>
+  __device__ __forceinline__ void load(const P& p, const Shared& s, uint32_t token, uint32_t place,
+                                       uint32_t first, uint64_t epoch) {
+    const LaneInLine lane;
+    const RowShape shape = p.row();
+    const uint8_t* body =
+        FP8 ? shared_at<uint8_t>(s.body) + place * p.hidden()
+            : reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2;
+    const uint32_t* scales =
+        shared_at<uint32_t>(s.scales) + place * Shared::scale_stride(p.hidden());
+#pragma unroll
+    for (uint32_t n = 0; n < kAhead; ++n) {
+      const uint32_t line = first + n * kStep + lane.line;
+      if (line < shape.lines()) piece[n] = piece_of<FP8>(p, shape, body, scales, line, lane, epoch);
+    }
+  }
+  // Stores the token, which is quantised and routed, to the chunk's destinations; of a bf16 row the
+  // first pieces are loaded already.
+  template <class P>
+  __device__ __forceinline__ void store(const P& p, const Shared& s, const Chunk& chunk,
+                                        uint32_t token, uint32_t place, uint64_t epoch) {
+    constexpr uint32_t kDestinations = 4;  // looked up before the first is stored to
+    const LaneInLine lane;
+    const uint32_t top_k = p.a.handle.top_k;
+    const uint32_t max_destinations = Shared::max_destinations(p.a.group, top_k);
+    const uint32_t header_lines = p.a.layout.header_lines;
+    const uint32_t offset = lane.line * kLine + lane.piece * 16;
+    const uint32_t lines = p.row().lines();
+    const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
+    const uint32_t destinations = shared_at<uint32_t>(s.destinations)[place];
+#pragma unroll 1
+    for (uint32_t first = first_line(); first < lines; first += kAhead * kStep) {
+      if (FP8 || first != first_line()) load(p, s, token, place, first, epoch);
+#pragma unroll 1
+      for (uint32_t d = chunk.first; d < destinations; d += kDestinations * chunk.stride) {
+        uint64_t row[kDestinations];
+#pragma unroll
+        for (uint32_t n = 0; n < kDestinations; ++n)
+          row[n] = d + n * chunk.stride < destinations ? row_base[d + n * chunk.stride] : 0;
+#pragma unroll
+        for (uint32_t n = 0; n < kDestinations; ++n) {
+          uint8_t* to =
+              reinterpret_cast<uint8_t*>(row[n]) + (header_lines + first) * kLine + offset;
+#pragma unroll
+          for (uint32_t m = 0; m < kAhead; ++m)
+            if (row[n] != 0 && first + m * kStep + lane.line < lines)
+              arch::st_relaxed_sys_v4(to + m * kStep * kLine, piece[m]);
+        }
+      }
+    }
+    // Headers; the last warps have the fewest lines.
+    const uint32_t turn = kSenderWarps - 1 - threadIdx.x / 32;
+#pragma unroll 1
+    for (uint32_t d = chunk.first + turn * chunk.stride; d < destinations;
+         d += kSenderWarps * chunk.stride) {
+      const uint64_t* header =
+          shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
+      const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
+      if (lane.line < header_lines && row_base[d] != 0) {
+        const uint32_t unit = lane.line * 15 + lane.piece * 2;
+        const uint64_t lo = unit <= entries ? header[unit] : 0;
+        const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
+        const uint2 half = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
+        const uint4 v = lane.last() ? seal(half, epoch)
+                                    : uint4{half.x, half.y, static_cast<uint32_t>(hi),
+                                            static_cast<uint32_t>(hi >> 32)};
+        arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, v);
+      }
+    }
+  }
 };
 
-// Stores the routed token at `place` to the chunk's destinations. All senders.
-template <bool FP8, class P>
-__device__ __forceinline__ void send_token(const P& p, const Shared& s, const Chunk& chunk,
-                                           uint32_t place, const uint8_t* body,
-                                           const uint32_t* scales, uint64_t epoch) {
-  const uint32_t warp = threadIdx.x / 32;
-  const LaneInLine lane;
-  const uint32_t top_k = p.a.handle.top_k;
-  const uint32_t max_destinations = Shared::max_destinations(p.a.group, top_k);
-  const uint32_t header_lines = p.a.layout.header_lines;
-  const uint32_t offset = lane.line * kLine + lane.piece * 16;
-  const RowShape shape = p.row();
-  const uint32_t lines = shape.lines();
-  const uint32_t destinations = shared_at<uint32_t>(s.destinations)[place];
-  const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
+// What a task has before the block meets: all that needs no other warp.
+struct Early {
+  uint32_t expert;     // a placer's: of the entry that it counts first
+  Group16 x;           // a sender's channels of the first token
+  Routed routed = {};  // the router's entry of the first token
+};
 
+// Whether this block tells the ranks their counts: the one that most often has no token.
+__device__ __forceinline__ bool tells_counts() { return blockIdx.x == gridDim.x - 1; }
+
+template <class P>
+__device__ __forceinline__ void begin_count(const P& p, const Shared& s, const Chunk& chunk,
+                                            Early* early) {
+  early->expert = load_expert(p, EntryLane(p.plan.entry_shift), 0,
+                              tells_counts() ? p.a.handle.num_tokens : chunk.from);
+  clear_counts(s, p.a.group);
+  // The scales of a row may end within a piece of a line.
 #pragma unroll 1
-  for (uint32_t d = chunk.first + warp * chunk.stride; d < destinations;
-       d += kSenderWarps * chunk.stride) {
-    const uint64_t* header =
-        shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
-    const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
-    if (lane.line < header_lines) {
-      const uint32_t unit = lane.line * 15 + lane.piece * 2;
-      const uint64_t lo = unit <= entries ? header[unit] : 0;
-      const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
-      const uint2 first = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
-      const uint4 piece = lane.last() ? seal(first, epoch)
-                                      : uint4{first.x, first.y, static_cast<uint32_t>(hi),
-                                              static_cast<uint32_t>(hi >> 32)};
-      arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, piece);
-    }
-  }
-#pragma unroll 1
-  for (uint32_t base = warp * kLinesPerWarp; base < lines; base += kSenderWarps * kLinesPerWarp) {
-    const uint32_t line = base + lane.line;
-    if (line >= lines) continue;
-    const uint4 piece = piece_of<FP8>(p, shape, body, scales, line, lane, epoch);
-#pragma unroll 1
-    for (uint32_t d = chunk.first; d < destinations; d += chunk.stride)
-      arch::st_relaxed_sys_v4(
-          reinterpret_cast<uint8_t*>(row_base[d]) + (header_lines + base) * kLine + offset, piece);
-  }
+  for (uint32_t i = s.scales + 4 * placer(); i < s.body; i += 4 * kPlacers)
+    *shared_at<uint32_t>(i) = 0;
 }
 
-// The senders' task. What needs no other warp is loaded before the block meets (`meet`).
-template <uint32_t H, bool FP8, class Meet>
-__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, Meet meet) {
-  const ep_group& g = p.a.group;
-  const uint32_t tokens = p.a.handle.num_tokens;
-  const Chunk chunk(p);
-  const EntryLane e(p.a.handle.top_k);
-  const bool counts = blockIdx.x == gridDim.x - 1;  // the block that most often has no token
-  const int64_t first = load_entry(p, e, 0, counts ? tokens : chunk.from);
-  Group16 x = {};
-  if (FP8 && chunk.size() != 0) x = load_group(p, chunk.from, threadIdx.x);
-  clear_counts(s, g);
-  if (FP8)
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < 2 * Shared::scale_stride(p.hidden()); i += kSenders)
-      shared_at<uint32_t>(s.scales)[i] = 0;
-  meet();
-  const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
-
-  if (counts) {
-    count_entries(p, s, e, first, tokens);
-    arch::bar_sync(kSendBarrier, kSenders);
-    send_counts(p, s, epoch);
-    arch::bar_sync(kSendBarrier, kSenders);
-    clear_counts(s, g);
-    arch::bar_sync(kSendBarrier, kSenders);
+// The placers' task while nothing has arrived.
+template <class P>
+__device__ __forceinline__ void count(const P& p, const Shared& s, const Chunk& chunk,
+                                      const Early& early) {
+  Fixed* fixed = shared_at<Fixed>(s.fixed);
+  const EntryLane e(p.plan.entry_shift);
+  if (tells_counts()) {
+    count_entries(p, s, e, early.expert, p.a.handle.num_tokens);
+    arch::bar_sync(kCountBarrier, kPlacers);
+    send_counts(p, s, fixed->send_epoch);
+    if (chunk.size() == 0) return;
+    arch::bar_sync(kCountBarrier, kPlacers);
+    clear_counts(s, p.a.group);
+    arch::bar_sync(kCountBarrier, kPlacers);
   }
-  if (chunk.size() == 0) return;
-  count_entries(p, s, e, first, chunk.from);
-  arch::bar_sync(kCountedBarrier, kSendersAndRouter);
-
-#pragma unroll 1
-  for (uint32_t i = 0; i < chunk.size(); ++i) {
-    const uint32_t parity = i / kBatch % 2;
-    const uint8_t* body =
-        reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{chunk.from + i} * p.hidden() * 2;
-    uint32_t* scales = nullptr;
-    if (FP8) {
-      // Two buffers: while some warps still send one token, others quantise the next.
-      uint8_t* quantised = shared_at<uint8_t>(s.body) + i % 2 * p.hidden();
-      scales = shared_at<uint32_t>(s.scales) + i % 2 * Shared::scale_stride(p.hidden());
-      quantise(p, chunk.from + i, x, quantised, scales);
-      if (i + 1 < chunk.size()) x = load_group(p, chunk.from + i + 1, threadIdx.x);
-      body = quantised;
-    }
-    if (i % kBatch == 0)
-      arch::bar_sync(kRoutedBarrier + parity, kSendersAndRouter);
-    else if (FP8)
-      arch::bar_sync(kSendBarrier, kSenders);
-    send_token<FP8>(p, s, chunk, parity * kBatch + i % kBatch, body, scales, epoch);
-    if (i % kBatch == kBatch - 1 && i / kBatch + 2 < chunk.batches())
-      arch::bar_arrive(kFreeBarrier + parity, kSendersAndRouter);
-  }
+  if (chunk.from == 0 || chunk.size() == 0) return;
+  count_entries(p, s, e, early.expert, chunk.from);
 }
 
-// The router's task: two batches at most are ahead of the senders.
-template <class P, class Meet>
-__device__ __forceinline__ void route(const P& p, const Shared& s, Meet meet) {
-  const uint32_t lane = threadIdx.x % 32;
-  const uint32_t top_k = p.a.handle.top_k;
-  const Chunk chunk(p);
-  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
-  const float* weights = reinterpret_cast<const float*>(p.a.topk_weights);
-  const bool weighted = (p.a.flags & EP_DISPATCH_WEIGHTS) != 0;
-  int64_t id;
-  float weight;
-  auto load = [&](uint32_t t) {
-    const bool mine = t < chunk.to && lane < top_k;
-    id = mine ? ids[uint64_t{t} * top_k + lane] : -1;
-    weight = mine && weighted ? weights[uint64_t{t} * top_k + lane] : 1.0f;
-  };
-  load(chunk.from);
-  meet();
-  if (chunk.size() == 0) return;
+enum class Task { kSend, kRoute, kPlace, kRead };
+
+// What senders, router and placers do with the block's tokens. The placers count what came before;
+// senders and router then take token by token: quantise and route, meet, send and keep the route.
+// They meet once for each token: behind the barrier nobody reads any more what the token before had
+// in shared memory. All pass the same barriers.
+template <uint32_t H, bool FP8>
+__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, const Chunk& chunk,
+                                     const Early& early, Task task) {
   const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
-  arch::bar_sync(kCountedBarrier, kSendersAndRouter);
+  if (task == Task::kPlace) count(p, s, chunk, early);
+  Group16 x = early.x;
+  Routed routed = early.routed;
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
-    const uint32_t batch = i / kBatch;
-    const int64_t this_id = id;
-    const float this_weight = weight;
-    load(chunk.from + i + 1);
-    if (i % kBatch == 0 && batch >= 2) arch::bar_sync(kFreeBarrier + batch % 2, kSendersAndRouter);
-    route_token(p, s, epoch, chunk.from + i, batch % 2 * kBatch + i % kBatch, chunk.first == 0,
-                this_id, this_weight);
-    if (i % kBatch == kBatch - 1 || i + 1 == chunk.size())
-      arch::bar_arrive(kRoutedBarrier + batch % 2, kSendersAndRouter);
+    const uint32_t token = chunk.from + i;
+    const uint32_t place = i % kPlaces;
+    const bool more = i + 1 < chunk.size();
+    Sending<FP8> sending;
+    if (task == Task::kSend) {
+      if (FP8) {
+        quantise(p, s, token, place, x);
+        if (more) x = load_group(p, token + 1, threadIdx.x);
+      } else {
+        sending.load(p, s, token, place, sending.first_line(), epoch);
+      }
+    }
+    if (i == 0 && chunk.from != 0) arch::bar_sync(kCountedBarrier, kSendersRouterAndPlacers);
+    if (task == Task::kPlace) break;
+    uint32_t kept = kNowhere;
+    if (task == Task::kRoute) kept = route_token(p, s, epoch, token, place, routed);
+    arch::bar_sync(kReadyBarrier, kSendersAndRouter);
+    if (task == Task::kSend) {
+      sending.store(p, s, chunk, token, place, epoch);
+      continue;
+    }
+    const RouterLoad next(p, chunk, token + 1);
+    // Of the blocks that share a token, one keeps its route.
+    if (chunk.first == 0) keep_route(p, epoch, token, routed.entry, kept);
+    if (more) routed = order_entries(p, next);
   }
 }
 
@@ -596,7 +684,7 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, Meet meet) {
 // the source is given up.
 template <class P>
 __device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source,
-                                                   const uint64_t* from) {
+                                                   const void* from) {
   const ep_group& g = p.a.group;
   if (!decide_present(g, kDispatchRecv, epoch, source, from)) {
     report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
@@ -607,29 +695,71 @@ __device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, u
   return packet_is(seen, epoch) ? static_cast<uint32_t>(seen) : 0;
 }
 
+// Where a packet of the counts goes: packet 0 of a source tells its rows, the others its tokens for
+// each local expert.
+struct Packet {
+  uint32_t source;
+  uint32_t at;
+  template <class P>
+  __device__ __forceinline__ Packet(const P& p, uint32_t i)
+      : source(p.plan.packets_per_source.quotient(i)),
+        at(i - source * p.plan.packets_per_source.value) {}
+  // From where counts begin; all of them are far smaller than 4 GiB.
+  template <class P>
+  __device__ __forceinline__ uint32_t offset(const P& p) const {
+    return source * static_cast<uint32_t>(p.a.layout.counts_source_stride) +
+           at * static_cast<uint32_t>(sizeof(uint64_t));
+  }
+  // No source can send more; a wrong value must not lead out of the output.
+  template <class P>
+  __device__ __forceinline__ void keep(const P& p, const Shared& s, uint32_t value) const {
+    const ep_group& g = p.a.group;
+    uint32_t* to = at == 0
+                       ? shared_at<uint32_t>(s.source_rows) + source
+                       : shared_at<uint32_t>(s.begin) + (at - 1) * (g.num_ranks + 1) + source + 1;
+    *to = min(value, g.max_tokens);
+  }
+};
+
+// `came`: which of a reader's packets from `base` on have come, or were given up. The time waited for
+// a source is that of its first packet.
+template <class P>
+__device__ __forceinline__ void add_waits(const P& p, uint32_t base, uint32_t came,
+                                          uint64_t waited) {
+  int64_t* wait = reinterpret_cast<int64_t*>(p.a.wait_ns);
+#pragma unroll 1
+  for (; came != 0; came &= came - 1) {
+    const Packet packet(p, base + kReaders * (__ffs(came) - 1));
+    if (packet.at == 0) wait[packet.source] += static_cast<int64_t>(waited);
+  }
+}
+
 // The readers' task: where each source's rows begin.
 template <class P>
 __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const Control control(g);
   const uint32_t thread = threadIdx.x - 32 * kFirstReader;
-  const Divisor& per_source = p.plan.packets_per_source;
   const uint64_t* partners = shared_at<uint64_t>(s.partners);
   uint32_t* begin = shared_at<uint32_t>(s.begin);
-  uint32_t* source_rows = shared_at<uint32_t>(s.source_rows);
-  const uint64_t own = p.counts_at(partners[g.rank], 0, epoch);
-  constexpr uint32_t kInFlight = 5;
-  const uint32_t packets = g.num_ranks * per_source.value;
+  const uint32_t* source_rows = shared_at<uint32_t>(s.source_rows);
+  const uint8_t* own = reinterpret_cast<const uint8_t*>(p.counts_at(partners[g.rank], 0, epoch));
+  constexpr uint32_t kInFlight = 3;
+  const uint32_t packets = g.num_ranks * p.plan.packets_per_source.value;
+  // One block times the sources.
+  const bool timed = p.a.wait_ns != 0 && blockIdx.x == 0;
+  const uint64_t began = timed ? arch::globaltimer_ns() : 0;
+#pragma unroll 1
   for (uint32_t base = thread; base < packets; base += kReaders * kInFlight) {
-    const uint64_t* from[kInFlight];
+    uint32_t from[kInFlight];  // offsets of packets
     uint32_t missing = 0;
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
       const uint32_t i = base + kReaders * j;
-      const uint32_t source = per_source.quotient(i);
-      from[j] = reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) +
-                (i - source * per_source.value);
-      if (i < packets && partners[source] != 0) missing |= 1u << j;
+      // A packet beyond the last is read like the first, in vain.
+      const Packet packet(p, i < packets ? i : base);
+      from[j] = packet.offset(p);
+      if (i < packets && partners[packet.source] != 0) missing |= 1u << j;
     }
     const uint32_t expected = missing;
     uint32_t value[kInFlight] = {};
@@ -638,10 +768,10 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     while (missing != 0 && !doubt) {
       uint64_t seen[kInFlight];
 #pragma unroll
-      for (uint32_t j = 0; j < kInFlight; ++j)
-        if ((missing >> j & 1) != 0) seen[j] = arch::ld_relaxed_sys_u64(from[j]);
+      for (uint32_t j = 0; j < kInFlight; ++j) seen[j] = arch::ld_relaxed_sys_u64(own + from[j]);
       // Read beside the last packets, the verdict covers all of them.
       const uint64_t verdict = arch::ld_relaxed_gpu_u64(control.any_verdict(kDispatchRecv));
+      const uint32_t before = missing;
 #pragma unroll
       for (uint32_t j = 0; j < kInFlight; ++j) {
         if ((missing >> j & 1) != 0 && packet_is(seen[j], epoch)) {
@@ -651,27 +781,20 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       }
       doubt =
           !is_open(verdict, epoch) || (missing != 0 && patience.expired(g, kDispatchRecv, epoch));
+      if (timed) [[unlikely]]
+        add_waits(p, base, doubt ? before : before & ~missing, arch::globaltimer_ns() - began);
     }
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
       const uint32_t i = base + kReaders * j;
-      const uint32_t source = per_source.quotient(i);
-      const uint32_t at = i - source * per_source.value;
-      // No source can send more; a wrong value must not lead out of the output.
-      if (i < packets)
-        (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) =
-            min(value[j], g.max_tokens);
+      if (i < packets) Packet(p, i).keep(p, s, value[j]);
     }
     if (doubt) [[unlikely]] {
 #pragma unroll 1
       for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
         if ((expected >> j & 1) == 0) continue;
-        const uint32_t source = per_source.quotient(i);
-        const uint32_t at = i - source * per_source.value;
-        const uint64_t* packet =
-            reinterpret_cast<const uint64_t*>(own + source * p.a.layout.counts_source_stride) + at;
-        const uint32_t count = min(count_in_doubt(p, epoch, source, packet), g.max_tokens);
-        (at == 0 ? source_rows[source] : begin[(at - 1) * (g.num_ranks + 1) + source + 1]) = count;
+        const Packet packet(p, i);
+        packet.keep(p, s, count_in_doubt(p, epoch, packet.source, own + packet.offset(p)));
       }
     }
   }
@@ -681,11 +804,17 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     uint32_t* row = begin + l * (g.num_ranks + 1);
     uint32_t sum = 0;
     row[0] = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (uint32_t r = 1; r <= g.num_ranks; ++r) row[r] = sum += row[r];
   }
+  if (thread < 32) {
+    uint32_t most = 0;
+#pragma unroll 1
+    for (uint32_t r = thread; r < g.num_ranks; r += 32) most = max(most, source_rows[r]);
+    most = __reduce_max_sync(~0u, most);
+    if (thread == 0) shared_at<Fixed>(s.fixed)->most_rows = most;
+  }
   arch::mbarrier_arrive_release_cta(&shared_at<Fixed>(s.fixed)->placeable);
-  arch::bar_sync(kReadBarrier, kReaders);
 }
 
 // What does not depend on rows. The readers of one block write it.
@@ -695,16 +824,20 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   const uint32_t thread = threadIdx.x - 32 * kFirstReader;
   const uint32_t* begin = shared_at<uint32_t>(s.begin);
   int32_t* count = reinterpret_cast<int32_t*>(p.a.recv_count);
+  int64_t* total = reinterpret_cast<int64_t*>(p.a.total_count);
   int64_t* range = reinterpret_cast<int64_t*>(p.a.layout_range);
   uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
+  arch::mbarrier_wait_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
 #pragma unroll 1
-  for (uint32_t i = thread; i < p.plan.local_experts.value * g.num_ranks; i += kReaders) {
-    const uint32_t* at = begin + i / g.num_ranks * (g.num_ranks + 1) + i % g.num_ranks;
-    range[i] = static_cast<int64_t>(uint64_t{at[0]} << 32 | (at[1] - at[0]));
+  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders) {
+    const uint32_t* at = begin + l * (g.num_ranks + 1);
+#pragma unroll 1
+    for (uint32_t r = 0; r < g.num_ranks; ++r)
+      range[l * g.num_ranks + r] =
+          static_cast<int64_t>(uint64_t{at[r]} << 32 | (at[r + 1] - at[r]));
+    count[l] = static_cast<int32_t>(at[g.num_ranks]);
+    if (total != nullptr) total[l] += at[g.num_ranks];
   }
-#pragma unroll 1
-  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders)
-    count[l] = static_cast<int32_t>(begin[l * (g.num_ranks + 1) + g.num_ranks]);
 #pragma unroll 1
   for (uint32_t r = thread; r < g.num_ranks; r += kReaders)
     recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
@@ -726,35 +859,33 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const RowShape shape = p.row();
   const uint32_t lines = shape.lines();
   const uint32_t header_lines = p.a.layout.header_lines;
-  const uint32_t offset = lane.line * kLine + lane.piece * 16;
   const uint8_t* row = reinterpret_cast<const uint8_t*>(
-                           p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
-                           slot * p.a.layout.row_stride) +
-                       offset;
+      p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
+      slot * p.a.layout.row_stride);
+  const uint8_t* from = row + lane.line * kLine + lane.piece * 16;
   bool certain = placeable(s);
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
   // Load everything at once; while something is missing, watch one epoch only, of the line that is
   // stored last: many warps wait here, and what they read while they wait, others cannot.
   const uint32_t unit_lines = min(lines - first_line, kUnitLines);
-  const uint8_t* watched = reinterpret_cast<const uint8_t*>(
-      p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
-      slot * p.a.layout.row_stride + (header_lines + first_line + unit_lines - 1) * kLine + kLine -
-      sizeof(uint64_t));
+  const uint8_t* watched =
+      row + (header_lines + first_line + unit_lines) * kLine - sizeof(uint64_t);
   uint4 header = {};
   uint4 data[kLoads] = {};
   Patience patience;
   bool complete = false;
   bool over = false;
   while (!over) {
-    if (lane.line < header_lines) header = arch::ld_relaxed_sys_v4(row);
+    bool mine = true;
+    if (lane.line < header_lines) header = arch::ld_relaxed_sys_v4(from);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i) {
       const uint32_t line = i * kLinesPerWarp;
       if (line + lane.line < unit_lines)
-        data[i] = arch::ld_relaxed_sys_v4(row + (header_lines + first_line + line) * kLine);
+        data[i] = arch::ld_relaxed_sys_v4(from + (header_lines + first_line + line) * kLine);
     }
-    bool mine = lane.line >= header_lines || sealed(header, epoch);
+    mine = lane.line >= header_lines || sealed(header, epoch);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i)
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
@@ -772,22 +903,8 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
       }
     } while (!over && arch::ld_relaxed_sys_u64(watched) != epoch);
   }
-  if (!certain) {
-    while (!placeable(s)) arch::sleep_ns(20);
-    __syncwarp();
-    if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
-  }
 
-  auto map = [&] {
-    return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
-           (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
-  };
-  if (!complete) {
-    if (first_line == 0 && threadIdx.x % 32 == 0) map()[0] = 0;
-    return;
-  }
-
-  // Lane e has entry e: where it goes, if it is one that this rank can place.
+  // Lane e has entry e.
   const uint32_t thread = threadIdx.x % 32;
   const uint32_t token = __shfl_sync(~0u, header.x, 0);
   const uint32_t entries = min(__shfl_sync(~0u, header.y, 0), g.max_top_k);
@@ -797,28 +914,35 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint2 upper = {__shfl_sync(~0u, header.z, holder), __shfl_sync(~0u, header.w, holder)};
   const uint2 entry = unit % 15 % 2 != 0 ? upper : lower;
   const uint32_t expert = entry.x & (EP_MAX_LOCAL_EXPERTS - 1);
+  if (!certain) {
+    arch::mbarrier_wait_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
+    __syncwarp();
+    if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
+  }
+  auto map = [&] {
+    return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
+           (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
+  };
+  if (!complete) {
+    if (first_line == 0 && thread == 0) map()[0] = 0;
+    return;
+  }
+  // The rank can place an entry that its counts have room for.
   uint32_t in_expert = kNowhere;
   if (thread < entries && expert < p.plan.local_experts.value) {
     const uint32_t* begin = shared_at<uint32_t>(s.begin) + expert * (g.num_ranks + 1) + source;
-    if ((entry.x >> 16) < begin[1] - begin[0]) in_expert = begin[0] + (entry.x >> 16);
+    const uint32_t first = begin[0];
+    if ((entry.x >> 16) < begin[1] - first) in_expert = first + (entry.x >> 16);
   }
   const uint32_t place = expert * p.rows_per_expert() + in_expert;
-  uint32_t rest = __ballot_sync(~0u, in_expert != kNowhere);
-  if (first_line == 0) {
-    if (in_expert != kNowhere) {
-      map()[1 + __popc(rest & ((1u << thread) - 1))] = uint64_t{entry.y} << 32 | place;
-      reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
-    }
-    if (thread == 0) map()[0] = uint64_t{static_cast<uint32_t>(__popc(rest))} << 32 | token;
-  }
+  const uint32_t placed = __ballot_sync(~0u, in_expert != kNowhere);
 
-  // Where this lane's pieces stand in a row: load i is `step` bytes after load i - 1.
+  // Where this lane's pieces stand in a row: load i is a constant after load i - 1.
   const uint32_t line = first_line + lane.line;
-  const uint32_t body_bytes = 16 * shape.body;
   const uint32_t start =
       lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
-  const uint32_t end = lane.last() ? body_bytes : 16 * shape.whole();
-  for (; rest != 0; rest &= rest - 1) {
+  const uint32_t end = 16 * (lane.last() ? shape.body : shape.whole());
+  for (uint32_t rest = placed; rest != 0; rest &= rest - 1) {
     const int e = __ffs(rest) - 1;
     uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) +
                    uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes() +
@@ -852,30 +976,45 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
       }
     }
   }
+  if (first_line == 0) {
+    if (in_expert != kNowhere) {
+      map()[1 + __popc(placed & ((1u << thread) - 1))] = uint64_t{entry.y} << 32 | place;
+      reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
+    }
+    if (thread == 0) map()[0] = uint64_t{static_cast<uint32_t>(__popc(placed))} << 32 | token;
+  }
 }
 
-// The placers' task. Sources take turns, because their rows arrive at the same time. Neighbouring
-// units go to different blocks, so that few rows already use every multiprocessor.
+// Places rows until there are none left: what every warp does in the end. Sources take turns,
+// because their rows arrive at the same time. Neighbouring units go to different blocks, so that
+// few rows already use every multiprocessor; a block's warps take its units in order, the placers
+// first.
 template <class P>
 __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
+  Fixed* fixed = shared_at<Fixed>(s.fixed);
   const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
   uint32_t rows = g.max_tokens * g.num_ranks;
   bool certain = false;
-  const uint32_t warp = threadIdx.x / 32 - kSenderWarps;
-  for (uint32_t u = warp * gridDim.x + blockIdx.x;; u += kPlacerWarps * gridDim.x) {
-    const uint32_t row = u / units_per_row;
-    if (!certain && (certain = __all_sync(~0u, placeable(s)))) {
-      uint32_t most = 0;
+  auto take = [&] {
+    uint32_t taken = 0;
+    if (threadIdx.x % 32 == 0) taken = atomicAdd(&fixed->units_taken, 1);
+    return __shfl_sync(~0u, taken, 0);
+  };
+  const uint32_t first = threadIdx.x / 32 - kSenderWarps;
+  uint32_t unit = first < kPlacerWarps ? first : take();
 #pragma unroll 1
-      for (uint32_t r = 0; r < g.num_ranks; ++r)
-        most = max(most, shared_at<uint32_t>(s.source_rows)[r]);
-      rows = most * g.num_ranks;
-    }
+  for (;; unit = take()) {
+    const uint32_t u = unit * gridDim.x + blockIdx.x;
+    const uint32_t row = u / units_per_row;
+    if (!certain && (certain = __all_sync(~0u, placeable(s))))
+      rows = fixed->most_rows * g.num_ranks;
     if (row >= rows) break;
-    const uint32_t source = (row + g.rank) % g.num_ranks;
+    const uint32_t slot = row / g.num_ranks;
+    const uint32_t turn = row - slot * g.num_ranks + g.rank;
+    const uint32_t source = turn < g.num_ranks ? turn : turn - g.num_ranks;
     if (shared_at<uint64_t>(s.partners)[source] == 0) continue;
-    place_unit(p, s, epoch, source, row / g.num_ranks, u % units_per_row * kUnitLines);
+    place_unit(p, s, epoch, source, slot, (u - row * units_per_row) * kUnitLines);
   }
 }
 
@@ -890,10 +1029,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool sends = (args.flags & EP_DISPATCH_SEND) != 0;
   const bool receives = (args.flags & EP_DISPATCH_RECV) != 0;
   const uint32_t warp = threadIdx.x / 32;
+  const uint32_t lane = threadIdx.x % 32;
+  const Chunk chunk(p);
 
-  // Everything that all warps need is loaded at once, by warps that have nothing else to load.
-  if (warp == kFirstReader) {
-    const uint32_t lane = threadIdx.x % 32;
+  // Each task loads what it needs first; what all need is loaded by warps that need nothing else.
+  const Task task = warp < kSenderWarps   ? Task::kSend
+                    : warp < kRouterWarp  ? Task::kPlace
+                    : warp == kRouterWarp ? Task::kRoute
+                                          : Task::kRead;
+  Early early;
+  if (task == Task::kSend) {
+    if (FP8 && sends && chunk.size() != 0) early.x = load_group(p, chunk.from, threadIdx.x);
+  } else if (task == Task::kPlace) {
+    if (sends) begin_count(p, s, chunk, &early);
+  } else if (task == Task::kRoute) {
+    if (sends && chunk.size() != 0)
+      early.routed = order_entries(p, RouterLoad(p, chunk, chunk.from));
+  } else if (warp == kFirstReader) {
     uint64_t epoch = 0;
     if (lane == 0) epoch = epoch_of(control, kDispatchSend);
     if (lane == 1) epoch = epoch_of(control, kDispatchRecv);
@@ -902,27 +1054,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
     if (lane == 0) fixed->send_epoch = epoch;
     if (lane == 1) fixed->recv_epoch = epoch;
-    if (lane == 2) arch::mbarrier_init(&fixed->placeable, kReaders);
+  } else if (warp == kFirstReader + 1) {
+    if (lane == 0) arch::mbarrier_init(&fixed->placeable, kReaders);
+    if (lane == 1) fixed->units_taken = kPlacerWarps;
   }
-  auto meet = [] { arch::bar_sync(kMeetBarrier, kThreads); };
-  if (warp < kSenderWarps) {
-    if (sends) return send(p, s, meet);
-    meet();
-  } else if (warp == kRouterWarp) {
-    if (sends) return route(p, s, meet);
-    meet();
-  } else {
-    meet();
+  __syncthreads();
+
+  if (task != Task::kRead) {
+    if (sends) send(p, s, chunk, early, task);
     if (warp == kRouterWarp - 1) {
-      if (threadIdx.x % 32 == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
-      if (threadIdx.x % 32 == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
+      if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
+      if (lane == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
       __syncwarp();
     }
-    if (!receives) return;
-    if (warp < kRouterWarp) return place(p, s, fixed->recv_epoch);
+  } else if (receives) {
     read_counts(p, s, fixed->recv_epoch);
     if (blockIdx.x == 0) write_counts(p, s);
   }
+  if (receives) place(p, s, fixed->recv_epoch);
 }
 
 using DispatchKernel = void(const ep_dispatch_args, const Plan);

@@ -168,7 +168,7 @@ __device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) {
 // After a grace in which loads under way finish, it looks once more, and the first to say decides.
 // `packet` is one packet of the peer's counts.
 __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch,
-                                               uint32_t peer, const uint64_t* packet) {
+                                               uint32_t peer, const void* packet) {
   constexpr uint64_t kGraceNs = 50000;
   uint64_t* word = Control(g).verdict(p, peer);
   const uint64_t closing = epoch << 2 | kClosing;

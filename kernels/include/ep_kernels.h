@@ -172,6 +172,9 @@ typedef struct ep_handle {
  *   recv_count    i32 [L]
  *   src_info      i32 [L, R*M]: token index at the source
  *   layout_range  i64 [L, R]: begin << 32 | count
+ *   total_count   i64 [L] or 0: recv_count is added to it
+ *   wait_ns       i64 [R] or 0: the nanoseconds for which the receive part waited for each source's
+ *                 counts are added to it, until the time-out for one that is given up
  */
 typedef struct ep_dispatch_args {
   uint32_t struct_size;
@@ -187,6 +190,8 @@ typedef struct ep_dispatch_args {
   uint64_t recv_count;
   uint64_t src_info;
   uint64_t layout_range;
+  uint64_t total_count;
+  uint64_t wait_ns;
 } ep_dispatch_args;
 
 /* Combine.

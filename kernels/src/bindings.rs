@@ -216,10 +216,12 @@ pub struct ep_dispatch_args {
     pub recv_count: u64,
     pub src_info: u64,
     pub layout_range: u64,
+    pub total_count: u64,
+    pub wait_ns: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ep_dispatch_args"][::core::mem::size_of::<ep_dispatch_args>() - 328usize];
+    ["Size of ep_dispatch_args"][::core::mem::size_of::<ep_dispatch_args>() - 344usize];
     ["Alignment of ep_dispatch_args"][::core::mem::align_of::<ep_dispatch_args>() - 8usize];
     ["Offset of field: ep_dispatch_args::struct_size"]
         [::core::mem::offset_of!(ep_dispatch_args, struct_size) - 0usize];
@@ -247,6 +249,10 @@ const _: () = {
         [::core::mem::offset_of!(ep_dispatch_args, src_info) - 312usize];
     ["Offset of field: ep_dispatch_args::layout_range"]
         [::core::mem::offset_of!(ep_dispatch_args, layout_range) - 320usize];
+    ["Offset of field: ep_dispatch_args::total_count"]
+        [::core::mem::offset_of!(ep_dispatch_args, total_count) - 328usize];
+    ["Offset of field: ep_dispatch_args::wait_ns"]
+        [::core::mem::offset_of!(ep_dispatch_args, wait_ns) - 336usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

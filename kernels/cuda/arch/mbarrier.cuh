@@ -35,4 +35,17 @@ __device__ __forceinline__ bool mbarrier_test_acquire_cta(const uint64_t* barrie
   return complete != 0;
 }
 
+// Waits for the phase of this parity, as long as those may take who arrive; acquires like the test.
+__device__ __forceinline__ void mbarrier_wait_acquire_cta(const uint64_t* barrier,
+                                                          uint32_t parity) {
+  uint32_t complete;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], "
+                 "%2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (complete == 0);
+}
+
 }  // namespace ep::arch
