@@ -721,8 +721,8 @@ struct Packet {
   }
 };
 
-// `came`: which of a reader's packets from `base` on have come, or were given up. The time waited for
-// a source is that of its first packet.
+// `came`: which of a reader's packets from `base` on have come, or were given up. The time waited
+// for a source is that of its first packet.
 template <class P>
 __device__ __forceinline__ void add_waits(const P& p, uint32_t base, uint32_t came,
                                           uint64_t waited) {
