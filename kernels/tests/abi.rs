@@ -90,7 +90,7 @@ structs! {
     ep_handle { route, recv_map, recv_rows, slot, num_tokens, top_k, reserved }
     ep_dispatch_args {
         struct_size, flags, group, layout, handle, x, topk_idx, topk_weights, recv_x, recv_scales,
-        recv_count, src_info, layout_range,
+        recv_count, src_info, layout_range, total_count, wait_ns,
     }
     ep_combine_args { struct_size, flags, group, layout, handle, y, topk_weights, out }
     ep_barrier_args { struct_size, reserved, group, layout, spin_ns }

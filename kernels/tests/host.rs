@@ -529,6 +529,144 @@ fn a_peer_lost_between_dispatch_and_combine_contributes_nothing() {
     }
 }
 
+/// Sums of a caller's: i64, as an operation left them.
+fn sums(memory: &Memory) -> Vec<i64> {
+    memory.values(i64::from_le_bytes)
+}
+
+#[test]
+fn totals_and_waits_are_added_by_the_receive_part() {
+    let case = plain();
+    let world = World::new(&case, 2, 1, Duration::from_secs(60));
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for rank in 0..case.ranks {
+            let (world, case) = (&world, &case);
+            scope.spawn(move || {
+                // What was there before stays in the sum, whatever it is.
+                let mut totals = vec![1000 * rank as i64, i64::MAX];
+                let waits = vec![-(rank as i64), 5, 1 << 40];
+                let total_count = Memory::of(&totals, i64::to_le_bytes);
+                let wait_ns = Memory::of(&waits, i64::to_le_bytes);
+                for n in 0..4 {
+                    let tensors = Tensors::new(&case.inputs(n)[rank]);
+                    let dispatch = |parts, with_sums: bool| {
+                        let mut args = world.dispatch_args(rank, n % 2, &tensors, parts);
+                        if with_sums {
+                            args.total_count = total_count.address();
+                            args.wait_ns = wait_ns.address();
+                        }
+                        harness::dispatch(&args).unwrap();
+                    };
+                    let before = [sums(&total_count), sums(&wait_ns)];
+                    match n {
+                        // In one launch, and apart: the send part leaves them alone.
+                        0 => dispatch(DISPATCH, true),
+                        1 => {
+                            dispatch(ffi::EP_DISPATCH_SEND, true);
+                            assert_eq!([sums(&total_count), sums(&wait_ns)], before);
+                            dispatch(ffi::EP_DISPATCH_RECV, true);
+                        }
+                        // Where they are left out nothing is added.
+                        _ => {
+                            dispatch(DISPATCH, false);
+                            assert_eq!([sums(&total_count), sums(&wait_ns)], before);
+                            continue;
+                        }
+                    }
+                    let inputs = case.inputs(n);
+                    let oracle = Oracle::new(case, n, &inputs, Links::all(case.ranks));
+                    for (local, total) in totals.iter_mut().enumerate() {
+                        let rows = oracle.rows[rank * case.local_experts() + local].len();
+                        *total = total.wrapping_add(rows as i64);
+                    }
+                    assert_eq!(sums(&total_count), totals);
+                    for (now, before) in sums(&wait_ns).into_iter().zip(&before[1]) {
+                        assert!(now > *before, "{now} after {before}");
+                    }
+                }
+                let limit = i64::try_from(start.elapsed().as_nanos()).unwrap();
+                for (now, before) in sums(&wait_ns).into_iter().zip(waits) {
+                    assert!(now - before <= limit, "{now} after {before}");
+                }
+                assert!(total_count.intact() && wait_ns.intact());
+            });
+        }
+    });
+    assert!(world.intact());
+}
+
+#[test]
+fn the_wait_for_a_late_source_is_its_own() {
+    const LATE: usize = 0;
+    const RECEIVER: usize = 1;
+    let case = plain();
+    let world = World::new(&case, 1, 1, Duration::from_secs(60));
+    let tensors: Vec<_> = case.inputs(0).iter().map(Tensors::new).collect();
+    let send = |rank: usize| {
+        let args = world.dispatch_args(rank, 0, &tensors[rank], ffi::EP_DISPATCH_SEND);
+        harness::dispatch(&args).unwrap();
+    };
+    (0..case.ranks).filter(|&rank| rank != LATE).for_each(send);
+
+    let wait_ns = Memory::of(&[0_i64; 3], i64::to_le_bytes);
+    let mut late = Duration::ZERO;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let tensors = &tensors[RECEIVER];
+            let mut args = world.dispatch_args(RECEIVER, 0, tensors, ffi::EP_DISPATCH_RECV);
+            args.wait_ns = wait_ns.address();
+            harness::dispatch(&args).unwrap();
+        });
+        // The second counter is that of receive parts, which advances as one begins.
+        let begun = (4 * case.ranks as u64).next_multiple_of(8) + 8;
+        while world.ranks[RECEIVER].control.word(begun) == 0 {
+            thread::yield_now();
+        }
+        let start = Instant::now();
+        thread::sleep(Duration::from_millis(200));
+        late = start.elapsed();
+        send(LATE);
+    });
+    let waited: Vec<_> = sums(&wait_ns)
+        .into_iter()
+        .map(|ns| Duration::from_nanos(ns.try_into().unwrap()))
+        .collect();
+    assert!(waited[LATE] >= late, "{waited:?}, {late:?}");
+    // Those who were there are not taken for late, though they come after it in order.
+    assert!(waited[RECEIVER] < late && waited[2] < late, "{waited:?}");
+    assert!(world.faults(RECEIVER).is_empty());
+}
+
+#[test]
+fn the_wait_for_a_source_that_is_given_up_is_the_time_out() {
+    let case = plain();
+    let timeout = Duration::from_millis(200);
+    let world = World::new(&case, 1, 1, timeout);
+    let tensors: Vec<_> = case.inputs(0).iter().map(Tensors::new).collect();
+    // Rank 1 comes, rank 0 does not, and there is no way to rank 2.
+    world.cut(1, 2);
+    world.cut(0, 2);
+    let wait_ns = Memory::of(&[7_i64; 3], i64::to_le_bytes);
+    let mut args = world.dispatch_args(1, 0, &tensors[1], DISPATCH);
+    args.wait_ns = wait_ns.address();
+    let start = Instant::now();
+    harness::dispatch(&args).unwrap();
+    let spent = start.elapsed();
+    let waited = sums(&wait_ns);
+    let given_up = Duration::from_nanos((waited[0] - 7).try_into().unwrap());
+    assert!((timeout..=spent).contains(&given_up), "{given_up:?}");
+    assert!(waited[1] > 7 && waited[1] < waited[0], "{waited:?}");
+    assert_eq!(waited[2], 7);
+
+    // Nor does anybody wait for a rank that takes no part.
+    world.set_active(1, 0, false);
+    harness::dispatch(&args).unwrap();
+    let now = sums(&wait_ns);
+    assert_eq!([now[0], now[2]], [waited[0], 7]);
+    assert!(now[1] > waited[1]);
+}
+
 #[test]
 fn rows_that_never_come_have_no_entries() {
     let case = Case {
@@ -777,6 +915,8 @@ fn bad_dispatch_arguments_are_refused() {
         ("no counts", |a| a.recv_count = 0),
         ("no source info", |a| a.src_info = 0),
         ("no ranges", |a| a.layout_range = 0),
+        ("odd totals", |a| a.total_count = a.layout_range + 4),
+        ("odd waits", |a| a.wait_ns = a.layout_range + 4),
     ];
     let before = world.ranks[1].control.values(u64::from_le_bytes);
     for (what, change) in changes {

@@ -118,7 +118,9 @@ pub(super) fn dispatch(args: &ffi::ep_dispatch_args) -> Option<Dims> {
             && (!has(FP8) || aligned::<u32>(args.recv_scales))
             && aligned::<i32>(args.recv_count)
             && aligned::<i32>(args.src_info)
-            && aligned::<i64>(args.layout_range);
+            && aligned::<i64>(args.layout_range)
+            && absent_or_aligned::<i64>(args.total_count)
+            && absent_or_aligned::<i64>(args.wait_ns);
     (known && weights && send && recv).then_some(dims)
 }
 
@@ -146,6 +148,11 @@ pub(super) fn barrier(args: &ffi::ep_barrier_args) -> Option<Dims> {
 /// Whether an address is not null and aligned for `T`.
 fn aligned<T>(address: u64) -> bool {
     address != 0 && address.is_multiple_of(align_of::<T>() as u64)
+}
+
+/// Whether the address of an array that may be left out can be followed.
+fn absent_or_aligned<T>(address: u64) -> bool {
+    address == 0 || aligned::<T>(address)
 }
 
 /// A layout as values that compare.

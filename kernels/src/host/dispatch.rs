@@ -1,5 +1,7 @@
 //! Dispatch: tokens to the ranks of their experts, and from there to the experts' rows.
 
+use std::iter;
+
 use super::check::Dims;
 use super::group::{Counter, Fault, Group, Part, Peer, Progress};
 use super::memory::{DispatchMemory, DispatchRecv, DispatchSend, Window};
@@ -233,11 +235,14 @@ fn receive(part: &Part<'_>, format: Format, memory: &mut DispatchRecv<'_>) {
     let (group, dims) = (part.group, part.group.dims);
     let mut counts = Counts::new(dims);
     if let Some(own) = group.own() {
-        for (source, _) in group.present() {
-            if !counts.receive(part, own, source) {
+        counts.receive(part, own, |source, arrived| {
+            if let Some(wait_ns) = &mut memory.wait_ns {
+                add(&mut wait_ns[source], group.waited_ns());
+            }
+            if !arrived {
                 part.timed_out(EP_PHASE_COUNTS, source);
             }
-        }
+        });
     }
     memory.recv_rows.copy_from_slice(&counts.rows);
     let begins = counts.lay_out(dims, memory);
@@ -262,6 +267,11 @@ fn receive(part: &Part<'_>, format: Format, memory: &mut DispatchRecv<'_>) {
     }
 }
 
+/// Adds to a number of the caller's, which may be any.
+fn add(sum: &mut i64, value: i64) {
+    *sum = sum.wrapping_add(value);
+}
+
 /// What the sources announced.
 #[derive(Debug)]
 struct Counts {
@@ -279,40 +289,66 @@ impl Counts {
         }
     }
 
-    /// Waits for the packets of a source; all or none of them count.
-    fn receive(&mut self, part: &Part<'_>, own: &Window, source: usize) -> bool {
-        let (group, dims) = (part.group, part.group.dims);
-        let tokens = &mut self.tokens[source * dims.local_experts..][..dims.local_experts];
-        let first = group.regions.counts(part.epoch, source);
-        let packet = |at| {
-            let mut value = 0;
-            let arrived = group.wait(|| {
-                let (count, epoch) = unpair(own.load(at));
-                // Never beyond what the output holds, whatever the peer says.
-                value = count.min(dims.max_tokens as u32);
-                match epoch.wrapping_sub(part.epoch as u32) as i32 {
-                    0 => Progress::Arrived,
-                    1.. => Progress::Passed,
-                    _ => Progress::Pending,
+    /// Waits for the packets of all sources at once, so that a late one hides no other. Tells of each
+    /// source, as soon as that is settled, whether its packets came; all or none of them count.
+    fn receive(&mut self, part: &Part<'_>, own: &Window, mut settled: impl FnMut(usize, bool)) {
+        let group = part.group;
+        let mut pending: Vec<_> = group.present().map(|(source, _)| source).collect();
+        group.wait(|| {
+            pending.retain(|&source| match self.poll(part, own, source) {
+                Progress::Pending => true,
+                Progress::Arrived => {
+                    settled(source, true);
+                    false
+                }
+                Progress::Passed => {
+                    self.forget(group.dims, source);
+                    settled(source, false);
+                    false
                 }
             });
-            arrived.then_some(value)
-        };
-        let rows = packet(first);
-        let arrived = tokens
-            .iter_mut()
-            .zip((first + 8..).step_by(8))
-            .all(|(tokens, at)| packet(at).map(|count| *tokens = count).is_some());
-        match rows {
-            Some(rows) if arrived => {
-                self.rows[source] = rows;
-                true
+            if pending.is_empty() {
+                Progress::Arrived
+            } else {
+                Progress::Pending
             }
-            _ => {
-                tokens.fill(0);
-                false
+        });
+        for source in pending {
+            self.forget(group.dims, source);
+            settled(source, false);
+        }
+    }
+
+    /// Reads the packets of a source, as far as they have come.
+    fn poll(&mut self, part: &Part<'_>, own: &Window, source: usize) -> Progress {
+        let (group, dims) = (part.group, part.group.dims);
+        let first = group.regions.counts(part.epoch, source);
+        let (rows, tokens) = self.of_source(dims, source);
+        for (to, at) in iter::once(rows).chain(tokens).zip((first..).step_by(8)) {
+            let (count, epoch) = unpair(own.load(at));
+            match epoch.wrapping_sub(part.epoch as u32) as i32 {
+                // Never beyond what the output holds, whatever the peer says.
+                0 => *to = count.min(dims.max_tokens as u32),
+                1.. => return Progress::Passed,
+                _ => return Progress::Pending,
             }
         }
+        Progress::Arrived
+    }
+
+    /// Drops what came of a source that is given up.
+    fn forget(&mut self, dims: &Dims, source: usize) {
+        let (rows, tokens) = self.of_source(dims, source);
+        *rows = 0;
+        tokens.fill(0);
+    }
+
+    fn of_source(&mut self, dims: &Dims, source: usize) -> (&mut u32, &mut [u32]) {
+        let first = source * dims.local_experts;
+        (
+            &mut self.rows[source],
+            &mut self.tokens[first..][..dims.local_experts],
+        )
     }
 
     /// Writes counts and ranges; returns where each range begins, `[source, local expert]`.
@@ -329,6 +365,9 @@ impl Counts {
                 begin += count;
             }
             memory.recv_count[local] = begin as i32;
+            if let Some(total_count) = &mut memory.total_count {
+                add(&mut total_count[local], i64::from(begin));
+            }
         }
         begins
     }

@@ -133,7 +133,8 @@ impl<'a> Group<'a> {
         }
     }
 
-    fn waited_ns(&self) -> i64 {
+    /// Nanoseconds since the start of the launch, from which the time-out counts too.
+    pub(super) fn waited_ns(&self) -> i64 {
         i64::try_from(self.start.elapsed().as_nanos()).unwrap_or(i64::MAX)
     }
 }

@@ -184,6 +184,10 @@ pub(super) struct DispatchRecv<'a> {
     pub(super) recv_count: &'a mut [i32],
     pub(super) src_info: &'a mut [i32],
     pub(super) layout_range: &'a mut [i64],
+    /// `recv_count` is added to it, where it is given.
+    pub(super) total_count: Option<&'a mut [i64]>,
+    /// What the counts of each source took is added to it, where it is given.
+    pub(super) wait_ns: Option<&'a mut [i64]>,
     pub(super) recv_map: &'a mut [u64],
     pub(super) recv_rows: &'a mut [u32],
 }
@@ -237,6 +241,14 @@ impl<'a> DispatchMemory<'a> {
                 layout_range: unsafe {
                     array_mut(args.layout_range, dims.local_experts * dims.ranks)
                 },
+                total_count: (args.total_count != 0).then(|| {
+                    // SAFETY: i64 [L], read and written by this call alone.
+                    unsafe { array_mut(args.total_count, dims.local_experts) }
+                }),
+                wait_ns: (args.wait_ns != 0).then(|| {
+                    // SAFETY: i64 [R], read and written by this call alone.
+                    unsafe { array_mut(args.wait_ns, dims.ranks) }
+                }),
                 // SAFETY: u64 [R, M, 1 + max_top_k], written by this call alone.
                 recv_map: unsafe {
                     array_mut(

@@ -351,6 +351,8 @@ impl World {
             recv_count: outputs.recv_count.address(),
             src_info: outputs.src_info.address(),
             layout_range: outputs.layout_range.address(),
+            total_count: 0,
+            wait_ns: 0,
         }
     }
 
