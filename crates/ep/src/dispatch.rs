@@ -126,7 +126,48 @@ pub struct DispatchOutput {
     pub layout_range: Tensor,
 }
 
-/// The tensors of a [`DispatchOutput`] as views, for a caller's own.
+/// The tensors of a [`DispatchOutput`] as views, for a caller's own, and what else a dispatch can be
+/// asked for.
+///
+/// `L` local experts, `R` ranks. [`total_count`](Self::with_total_count), i64 `[L]`, and
+/// [`wait_ns`](Self::with_wait_ns), i64 `[R]`, are sums over dispatches: zero them once, then give
+/// them to as many as the sums are to cover, replayed graphs included.
+///
+/// ```
+/// # use ep::driver::DeviceOrdinal;
+/// # use ep::{Buffer, Communicator, Config, Device, DispatchInput, DispatchOptions};
+/// use ep::{DType, DispatchOutputMut, Stream, Tensor};
+/// # use ep_sim::{Cluster, SimDriver};
+///
+/// # let device = Device::host(SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]), DeviceOrdinal(0));
+/// # let comm = Communicator::threads(1).remove(0);
+/// # let buffer = Buffer::builder(&device, &comm, Config::new(128, 2, 3, 1)).build()?;
+/// # let options = DispatchOptions::bf16();
+/// # let mut received = buffer.new_output(&options)?;
+/// # let x = Tensor::from_host(&device, DType::Bf16, [3, 128], &[0x3f80_u16; 3 * 128])?;
+/// # let topk_idx = Tensor::from_host(&device, DType::I64, [3, 1], &[0_i64, 1, 1])?;
+/// # let input = DispatchInput { x: x.view(), topk_idx: topk_idx.view(), topk_weights: None };
+/// let stream = Stream::new(&device)?;
+/// let experts = buffer.local_experts() as usize;
+/// let mut total_count = Tensor::new(&device, DType::I64, [experts])?;
+/// let mut wait_ns = Tensor::new(&device, DType::I64, [buffer.num_ranks() as usize])?;
+/// total_count.fill(0, &stream)?;
+/// wait_ns.fill(0, &stream)?;
+///
+/// for _ in 0..2 {
+///     // Three tokens: one for expert 0, two for expert 1.
+///     let output = DispatchOutputMut::from(&mut received)
+///         .with_total_count(&mut total_count)
+///         .with_wait_ns(&mut wait_ns);
+///     buffer.dispatch(&stream, &input, &options, output)?;
+/// }
+/// stream.synchronize()?;
+/// assert_eq!(received.recv_count.copy_to_host::<i32>()?, [1, 2]);
+/// assert_eq!(total_count.copy_to_host::<i64>()?, [2, 4]);
+/// assert!(wait_ns.copy_to_host::<i64>()?[0] > 0);
+/// # buffer.close()?;
+/// # Ok::<(), ep::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct DispatchOutputMut<'a> {
     /// As [`DispatchOutput::recv_x`].
@@ -139,6 +180,39 @@ pub struct DispatchOutputMut<'a> {
     pub src_info: TensorMut<'a>,
     /// As [`DispatchOutput::layout_range`].
     pub layout_range: TensorMut<'a>,
+    /// See [`with_total_count`](Self::with_total_count).
+    pub total_count: Option<TensorMut<'a>>,
+    /// See [`with_wait_ns`](Self::with_wait_ns).
+    pub wait_ns: Option<TensorMut<'a>>,
+}
+
+impl<'a> DispatchOutputMut<'a> {
+    /// Asks for rows over several dispatches, i64 `[L]`: `recv_count` is added to it, for instance to
+    /// place experts anew by what they get.
+    ///
+    /// The receive part reads and writes it; it must not be used otherwise until the stream has
+    /// passed that.
+    #[must_use]
+    pub fn with_total_count(mut self, total_count: impl Into<TensorMut<'a>>) -> Self {
+        self.total_count = Some(total_count.into());
+        self
+    }
+
+    /// Asks how long each rank let this one wait, i64 `[R]`, nanoseconds: for each source rank the
+    /// time is added from the start of the launch that receives until the source's counts, which it
+    /// sends before its rows, were there. So the rank that holds the group up stands out.
+    ///
+    /// For a source that is given up the time ends there, at the
+    /// [time-out](crate::BufferBuilder::timeout). Nothing is added for one that takes no part or cannot
+    /// be reached. The time includes what counts take anyway, a few
+    /// microseconds on a GPU, and in a dispatch of one launch this rank's own sending beside it; its
+    /// entry for itself says how much that is. The receive part reads and writes it; it must not be
+    /// used otherwise until the stream has passed that.
+    #[must_use]
+    pub fn with_wait_ns(mut self, wait_ns: impl Into<TensorMut<'a>>) -> Self {
+        self.wait_ns = Some(wait_ns.into());
+        self
+    }
 }
 
 impl<'a> From<&'a mut DispatchOutput> for DispatchOutputMut<'a> {
@@ -149,6 +223,8 @@ impl<'a> From<&'a mut DispatchOutput> for DispatchOutputMut<'a> {
             recv_count: output.recv_count.view_mut(),
             src_info: output.src_info.view_mut(),
             layout_range: output.layout_range.view_mut(),
+            total_count: None,
+            wait_ns: None,
         }
     }
 }
@@ -251,6 +327,51 @@ impl Buffer {
     ///
     /// Sent dispatches are received in their order, and no other dispatch comes between unless it is
     /// sent too; at most [`Config::sends_in_flight`](crate::Config::sends_in_flight) at once.
+    ///
+    /// # Two batches
+    /// While one batch's rows are on their way the stream works for the other, so that neither waits
+    /// for the wire. The example `two_batches` does that for a whole layer.
+    ///
+    /// ```
+    /// # use ep::driver::DeviceOrdinal;
+    /// # use ep::{Communicator, DType, Device, DispatchInput, DispatchOptions, Stream, Tensor};
+    /// use ep::{Buffer, CombineInput, Config};
+    /// # use ep_sim::{Cluster, SimDriver};
+    ///
+    /// # let device = Device::host(SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]), DeviceOrdinal(0));
+    /// # let comm = Communicator::threads(1).remove(0);
+    /// # let stream = Stream::new(&device)?;
+    /// # let options = DispatchOptions::bf16();
+    /// let config = Config::new(128, 2, 3, 1).with_sends_in_flight(2);
+    /// let buffer = Buffer::builder(&device, &comm, config).build()?;
+    /// # let x = Tensor::from_host(&device, DType::Bf16, [3, 128], &[0x3f80_u16; 3 * 128])?;
+    /// # let topk_idx = Tensor::from_host(&device, DType::I64, [3, 1], &[0_i64, 1, 1])?;
+    /// # let input = || DispatchInput { x: x.view(), topk_idx: topk_idx.view(), topk_weights: None };
+    /// # let [a, b] = [input(), input()];
+    /// # let mut received_a = buffer.new_output(&options)?;
+    /// # let mut received_b = buffer.new_output(&options)?;
+    /// # let mut out_a = Tensor::new(&device, DType::Bf16, [3, 128])?;
+    /// # let mut out_b = Tensor::new(&device, DType::Bf16, [3, 128])?;
+    ///
+    /// let sent_a = buffer.dispatch_send(&stream, &a, &options)?;
+    /// // Attention of batch b would run here, while the rows of a are on their way.
+    /// let sent_b = buffer.dispatch_send(&stream, &b, &options)?;
+    /// let handle_a = sent_a.receive(&stream, &mut received_a)?;
+    /// // Experts of batch a, while the rows of b are on their way.
+    /// let y_a = CombineInput::new(&received_a.recv_x);
+    /// let back_a = buffer.combine_send(&stream, handle_a, &y_a)?;
+    /// let handle_b = sent_b.receive(&stream, &mut received_b)?;
+    /// // Experts of batch b, while the sums of a are on their way.
+    /// let y_b = CombineInput::new(&received_b.recv_x);
+    /// let back_b = buffer.combine_send(&stream, handle_b, &y_b)?;
+    /// back_a.receive(&stream, &mut out_a)?;
+    /// back_b.receive(&stream, &mut out_b)?;
+    /// stream.synchronize()?;
+    /// # assert_eq!(out_a.copy_to_host::<u16>()?, [0x3f80; 3 * 128]);
+    /// # assert_eq!(out_b.copy_to_host::<u16>()?, [0x3f80; 3 * 128]);
+    /// # buffer.close()?;
+    /// # Ok::<(), ep::Error>(())
+    /// ```
     pub fn dispatch_send(
         &self,
         stream: &Stream,
@@ -292,7 +413,8 @@ impl Buffer {
 }
 
 impl PendingDispatch<'_> {
-    /// Enqueues the receive part. The output is written when the stream has passed it.
+    /// Enqueues the receive part. The output, and what else it was asked for, is written when the
+    /// stream has passed it.
     ///
     /// # Errors
     /// As for [`Buffer::dispatch`]; the pending dispatch comes back with the error.
@@ -437,6 +559,12 @@ fn checked_output(
     let check = |field, tensor: &TensorMut<'_>, dtype, dims: crate::Dims| {
         tensor.raw().check(field, device, dtype, dims)
     };
+    // Without the tensor the address is 0.
+    let sums = |field, tensor: &Option<TensorMut<'_>>, len: usize| {
+        tensor.as_ref().map_or(Ok(0), |tensor| {
+            check(field, tensor, DType::I64, [len].into())
+        })
+    };
     let recv_scales = match (format.scales(h), &output.recv_scales) {
         (None, None) => 0,
         (Some((dtype, per_row)), Some(scales)) => {
@@ -460,6 +588,8 @@ fn checked_output(
             DType::I64,
             [l, r].into(),
         )?,
+        total_count: sums("total_count", &output.total_count, l)?,
+        wait_ns: sums("wait_ns", &output.wait_ns, r)?,
         ..call
     })
 }

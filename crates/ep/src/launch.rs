@@ -109,6 +109,8 @@ pub(crate) struct Dispatch {
     pub(crate) recv_count: u64,
     pub(crate) src_info: u64,
     pub(crate) layout_range: u64,
+    pub(crate) total_count: u64,
+    pub(crate) wait_ns: u64,
 }
 
 /// A combine whose tensors have been checked: their addresses, 0 where there is none.
@@ -225,6 +227,8 @@ impl<'b> Launcher<'b> {
             recv_count: call.recv_count,
             src_info: call.src_info,
             layout_range: call.layout_range,
+            total_count: call.total_count,
+            wait_ns: call.wait_ns,
         };
         // SAFETY: group, layout and handle are of one buffer, whose memory outlives its last
         // operation, and every rank derived the same layout; the tensors were checked.

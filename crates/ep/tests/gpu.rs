@@ -19,8 +19,9 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use ep::driver::{CudaDriver, Driver, StreamHandle};
 use ep::{
-    BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, Element, Error,
-    Event, FaultKind, Operation, Phase, Stream, Tensor,
+    BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, DispatchInput,
+    DispatchOptions, DispatchOutputMut, Element, Error, Event, FaultKind, Operation, Phase, Stream,
+    Tensor,
 };
 
 use zerocopy::IntoBytes;
@@ -579,6 +580,122 @@ impl<'r> Beside<'r> {
         }
         Ok(())
     }
+}
+
+/// What is added over dispatches, of one launch and of two, and replayed; and a rank that is late.
+#[test]
+fn totals_and_waits_on_gpus() {
+    for ranks in groups(8) {
+        let case = case(ranks);
+        let outcomes = threads(ranks, |comm| totals_and_waits(&case, &comm));
+        all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
+    }
+}
+
+fn totals_and_waits(case: &Case, comm: &Communicator) -> Result<(), String> {
+    let device = device(comm.rank()).map_err(explain)?;
+    let short = Duration::from_secs(1);
+    let rank = Rank::with(&device, comm, case, |b| b.timeout(short)).map_err(explain)?;
+    let read = |tensor: &Tensor| tensor.copy_to_host::<i64>().map_err(explain);
+    let mut totals: Vec<i64> = (0..).take(case.local_experts()).map(|l| l - 1).collect();
+    let waits = vec![1 << 40; case.ranks];
+    let sums = |values: &[i64]| {
+        Tensor::from_host(&device, DType::I64, [values.len()], values).map_err(explain)
+    };
+    let (mut total_count, mut wait_ns) = (sums(&totals)?, sums(&waits)?);
+    comm.barrier(PATIENCE).map_err(explain)?;
+    for n in 0..6 {
+        let inputs = case.inputs(n);
+        let oracle = rank.oracle(n, &inputs);
+        let mut tensors = rank.tensors(&oracle).map_err(explain)?;
+        let before = (read(&total_count)?, read(&wait_ns)?);
+        let input = DispatchInput {
+            x: tensors.x.view(),
+            topk_idx: tensors.topk_idx.view(),
+            topk_weights: Some(tensors.topk_weights.view()),
+        };
+        let options = DispatchOptions::bf16();
+        let output = DispatchOutputMut::from(&mut tensors.received);
+        // Of two launches, of one, and without anything to add to.
+        let handle = match n % 3 {
+            0 => {
+                let output = output
+                    .with_total_count(&mut total_count)
+                    .with_wait_ns(&mut wait_ns);
+                let sent = rank.buffer.dispatch_send(&rank.stream, &input, &options);
+                let received = sent
+                    .map_err(explain)?
+                    .receive(&rank.stream, output)
+                    .map_err(explain);
+                received?
+            }
+            1 => {
+                let output = output
+                    .with_total_count(&mut total_count)
+                    .with_wait_ns(&mut wait_ns);
+                let dispatched = rank.buffer.dispatch(&rank.stream, &input, &options, output);
+                dispatched.map_err(explain)?
+            }
+            _ => {
+                let dispatched = rank.buffer.dispatch(&rank.stream, &input, &options, output);
+                dispatched.map_err(explain)?
+            }
+        };
+        rank.check_dispatch(&oracle, &handle, &mut tensors)?;
+        drop(handle);
+        let after = (read(&total_count)?, read(&wait_ns)?);
+        if n % 3 == 2 {
+            if after != before {
+                return Err(format!("dispatch {n} added to {before:?}: {after:?}"));
+            }
+            continue;
+        }
+        let counts = tensors.received.recv_count.copy_to_host::<i32>();
+        for (total, count) in totals.iter_mut().zip(counts.map_err(explain)?) {
+            *total += i64::from(count);
+        }
+        if after.0 != totals {
+            return Err(format!("dispatch {n}: {:?}, not {totals:?}", after.0));
+        }
+        let limit = i64::try_from(short.as_nanos()).unwrap();
+        for (after, before) in after.1.iter().zip(before.1) {
+            // The device's clock may not have advanced.
+            if !(0..limit).contains(&(after - before)) {
+                return Err(format!("dispatch {n}: {after} ns after {before}"));
+            }
+        }
+    }
+
+    comm.barrier(PATIENCE).map_err(explain)?;
+    let late = case.ranks - 1;
+    if late > 0 && rank.rank() != late {
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).map_err(explain)?;
+        let before = read(&wait_ns)?;
+        let input = DispatchInput {
+            x: tensors.x.view(),
+            topk_idx: tensors.topk_idx.view(),
+            topk_weights: Some(tensors.topk_weights.view()),
+        };
+        let output = DispatchOutputMut::from(&mut tensors.received).with_wait_ns(&mut wait_ns);
+        let options = DispatchOptions::bf16();
+        let dispatched = rank.buffer.dispatch(&rank.stream, &input, &options, output);
+        drop(dispatched.map_err(explain)?);
+        rank.stream.synchronize().map_err(explain)?;
+        let after = read(&wait_ns)?;
+        let waited = |source: usize| Duration::from_nanos((after[source] - before[source]) as u64);
+        // Blocks begin a little apart; the clock that ends a wait is that of the first.
+        let time_out = short - Duration::from_millis(1)..PATIENCE;
+        if !time_out.contains(&waited(late)) {
+            return Err(format!("waited {:?} for who did not come", waited(late)));
+        }
+        if (0..late).any(|source| waited(source) >= waited(late)) {
+            return Err(format!("waits became {after:?} from {before:?}"));
+        }
+    }
+    comm.barrier(PATIENCE).map_err(explain)?;
+    rank.buffer.close().map_err(explain)
 }
 
 #[test]

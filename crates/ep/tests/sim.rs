@@ -11,14 +11,16 @@ use std::time::{Duration, Instant};
 use ep::driver::{Call, DeviceOrdinal};
 use ep::{
     ArgumentError, BackendKind, Buffer, BufferBuilder, Choice, CombineInput, Communicator, Config,
-    DType, Device, DispatchInput, DispatchOptions, Error, Event, FaultKind, Operation, Phase,
-    Rejected, Scales, Stream, Tensor,
+    DType, Device, DispatchInput, DispatchOptions, DispatchOutput, DispatchOutputMut, Error, Event,
+    FaultKind, Handle, Operation, Phase, Rejected, Scales, Stream, Tensor,
 };
 use ep_sim::{Cluster, IpcNamespace, SimDriver};
 use proptest::prelude::*;
 
 use common::{Case, Odd, Precision, Routing, Weights};
-use rig::{Order, PATIENCE, Processes, Rank, Task, all_well, case, config, explain, threads};
+use rig::{
+    Order, PATIENCE, Processes, Rank, Task, Tensors, all_well, case, config, explain, threads,
+};
 
 /// A host with this many GPUs, all visible to one process.
 fn host(gpus: usize) -> Arc<SimDriver> {
@@ -358,6 +360,159 @@ fn arguments_are_refused_by_name_and_the_buffer_stays_usable() {
         rank.run(2, Order::Nested).unwrap();
         rank.buffer.close().unwrap();
     });
+}
+
+/// Tensors of i64 with these values.
+fn sums<const N: usize>(device: &Device, values: [&[i64]; N]) -> [Tensor; N] {
+    values.map(|values| Tensor::from_host(device, DType::I64, [values.len()], values).unwrap())
+}
+
+/// An output that is asked for `total_count` and `wait_ns`, where they are there.
+fn asked<'a>(
+    received: &'a mut DispatchOutput,
+    [total_count, wait_ns]: &'a mut [Option<Tensor>; 2],
+) -> DispatchOutputMut<'a> {
+    let mut output = DispatchOutputMut::from(received);
+    if let Some(total_count) = total_count {
+        output = output.with_total_count(total_count);
+    }
+    if let Some(wait_ns) = wait_ns {
+        output = output.with_wait_ns(wait_ns);
+    }
+    output
+}
+
+/// A dispatch in one launch that is asked for them.
+fn dispatch_asked(
+    rank: &Rank<'_>,
+    tensors: &mut Tensors,
+    given: &mut [Option<Tensor>; 2],
+) -> Result<Handle, Error> {
+    let input = DispatchInput {
+        x: tensors.x.view(),
+        topk_idx: tensors.topk_idx.view(),
+        topk_weights: Some(tensors.topk_weights.view()),
+    };
+    let output = asked(&mut tensors.received, given);
+    rank.buffer
+        .dispatch(&rank.stream, &input, &DispatchOptions::bf16(), output)
+}
+
+#[test]
+fn totals_and_waits_are_refused_by_name() {
+    pair(|rank| {
+        let device = rank.buffer.device().clone();
+        let other = DeviceOrdinal(1 - device.ordinal().0);
+        let other = Device::host(device.driver().clone(), other);
+        let tensor = |dtype, len| Some(Tensor::new(&device, dtype, [len]).unwrap());
+        let elsewhere = |len| Some(Tensor::new(&other, DType::I64, [len]).unwrap());
+        let wrong = [
+            (tensor(DType::I32, 3), None, "total_count: DType"),
+            (tensor(DType::I64, 2), None, "total_count: Dims"),
+            (elsewhere(3), None, "total_count: Device"),
+            (None, tensor(DType::F32, 2), "wait_ns: DType"),
+            (None, tensor(DType::I64, 3), "wait_ns: Dims"),
+            (tensor(DType::I64, 3), elsewhere(2), "wait_ns: Device"),
+        ];
+        let inputs = case(2).inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let mut pending = rank.dispatch_send(&tensors).unwrap();
+        for (total_count, wait_ns, expected) in wrong {
+            let mut given = [total_count, wait_ns];
+            let rejected = pending
+                .receive(&rank.stream, asked(&mut tensors.received, &mut given))
+                .unwrap_err();
+            assert_eq!(named(*rejected.error), expected);
+            pending = rejected.operand;
+            // Arguments are looked at before whose turn it is.
+            let refused = dispatch_asked(&rank, &mut tensors, &mut given);
+            assert_eq!(named(refused.unwrap_err()), expected);
+        }
+        let handle = pending
+            .receive(&rank.stream, &mut tensors.received)
+            .unwrap();
+        rank.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+        rank.combine(handle, &mut tensors).unwrap();
+        rank.check_combine(&oracle, &tensors).unwrap();
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn totals_and_waits_add_up_over_dispatches() {
+    pair(|rank| {
+        let case = case(2);
+        let mut totals = [10, -20, i64::MIN];
+        let mut given = sums(rank.buffer.device(), [&totals, &[0, 1_000_000]]).map(Some);
+        let read = |given: &[Option<Tensor>; 2]| {
+            let [total_count, wait_ns] = given.each_ref().map(|tensor| tensor.as_ref().unwrap());
+            [total_count, wait_ns].map(|tensor| tensor.copy_to_host::<i64>().unwrap())
+        };
+        for n in 0..4 {
+            let inputs = case.inputs(n);
+            let oracle = rank.oracle(n, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let before = read(&given);
+            let handle = match n {
+                0 => dispatch_asked(&rank, &mut tensors, &mut given).unwrap(),
+                1 => {
+                    let pending = rank.dispatch_send(&tensors).unwrap();
+                    assert_eq!(read(&given), before);
+                    let output = asked(&mut tensors.received, &mut given);
+                    pending.receive(&rank.stream, output).unwrap()
+                }
+                _ => rank.dispatch(&mut tensors).unwrap(),
+            };
+            rank.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+            rank.combine(handle, &mut tensors).unwrap();
+            rank.check_combine(&oracle, &tensors).unwrap();
+            let after = read(&given);
+            if n > 1 {
+                // Where they are left out nothing is added.
+                assert_eq!(after, before);
+                continue;
+            }
+            let counts = tensors.received.recv_count.copy_to_host::<i32>().unwrap();
+            for (total, count) in totals.iter_mut().zip(counts) {
+                *total += i64::from(count);
+            }
+            assert_eq!(after[0], totals);
+            let mut waits = after[1].iter().zip(&before[1]);
+            assert!(waits.all(|(after, before)| after > before), "{after:?}");
+        }
+        assert!(totals[0] > 10, "nothing was dispatched");
+        rank.buffer.close().unwrap();
+    });
+}
+
+#[test]
+fn the_rank_that_others_wait_for_stands_out() {
+    let (case, driver) = (case(3), host(3));
+    threads(3, |comm| {
+        let device = device(&driver, &comm);
+        let short = Duration::from_millis(300);
+        let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
+        comm.barrier(PATIENCE).unwrap();
+        if comm.rank() != 2 {
+            let inputs = case.inputs(0);
+            let oracle = rank.oracle(0, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let [wait_ns] = sums(&device, [&[0; 3]]);
+            let mut given = [None, Some(wait_ns)];
+            drop(dispatch_asked(&rank, &mut tensors, &mut given).unwrap());
+            let waited = given[1].as_ref().unwrap().copy_to_host::<i64>().unwrap();
+            let waited: Vec<_> = waited
+                .into_iter()
+                .map(|ns| Duration::from_nanos(ns.try_into().unwrap()))
+                .collect();
+            assert!((short..PATIENCE).contains(&waited[2]), "{waited:?}");
+            assert!(waited[0] < waited[2] && waited[1] < waited[2], "{waited:?}");
+        }
+        comm.barrier(PATIENCE).unwrap();
+        rank.buffer.close().unwrap();
+    });
+    assert!(driver.live().is_empty());
 }
 
 /// Dispatch and combine on a communication stream, whole and in parts: as on one stream, and nothing
