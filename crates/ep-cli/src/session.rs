@@ -69,13 +69,11 @@ struct Batch {
 }
 
 impl Session {
-    /// Meets the other ranks, with room for the job's tokens; `sms` bounds the multiprocessors of an
-    /// operation, 0 does not.
+    /// Meets the other ranks, with room for the job's tokens.
     pub(crate) fn new(
         job: &Job,
         device: &Device,
         communicator: &Communicator,
-        sms: u32,
     ) -> Result<Self, Failure> {
         let size = |value: usize| u32::try_from(value);
         let tokens = job.tokens.max(1);
@@ -89,9 +87,7 @@ impl Session {
             Dtype::Bf16 => DispatchOptions::bf16(),
             Dtype::Fp8 => DispatchOptions::fp8(Scales::F32),
         };
-        let buffer = Buffer::builder(device, communicator, config)
-            .num_sms(sms)
-            .build()?;
+        let buffer = Buffer::builder(device, communicator, config).build()?;
         let rows = buffer.rows_per_expert() as usize;
         Ok(Self {
             stream: Stream::new(device)?,

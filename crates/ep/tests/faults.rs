@@ -717,7 +717,7 @@ impl<'p, F: Fn(usize, Call) -> bool> Sweep<'p, F> {
         }
         if let Some(Fault { call, status, .. }) = second {
             let is_told = names(error, call, status) || names(&told.log, call, status);
-            assert!(is_told || of_one_guard(first.call, call), "{at} {told}");
+            assert!(is_told, "{at} {told}");
         }
     }
 
@@ -792,13 +792,6 @@ fn is_release(call: Call) -> bool {
             | Call::StreamDestroy
             | Call::EventDestroy
     )
-}
-
-/// Whether both calls may give back one mapping, which tells only the first that was refused.
-fn of_one_guard(first: Call, second: Call) -> bool {
-    let order = [Call::MemUnmap, Call::MemAddressFree, Call::MemRelease];
-    let place = |call| order.iter().position(|&of| of == call);
-    place(first).is_some() && place(first) < place(second)
 }
 
 /// Whether a text says that a call returned a status.

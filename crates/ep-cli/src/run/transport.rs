@@ -36,7 +36,7 @@ pub(crate) fn connect(
     device: &Device,
     communicator: &Communicator,
 ) -> Result<Box<dyn Transport>, Failure> {
-    let session = Session::new(job, device, communicator, 0)?;
+    let session = Session::new(job, device, communicator)?;
     let experts: Box<dyn Experts> = match device.backend() {
         #[cfg(feature = "cuda")]
         "cuda" => {
