@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define EP_KERNELS_ABI_VERSION 2u
+#define EP_KERNELS_ABI_VERSION 3u
 
 /* Limits of the wire format: an entry packs a local expert into 11 bits, a top-k index into 5 and a
  * position within (source, expert) into 16. */

@@ -6,7 +6,7 @@
     reason = "what bindgen writes; the functions are unsafe to call"
 )]
 
-pub const EP_KERNELS_ABI_VERSION: u32 = 2;
+pub const EP_KERNELS_ABI_VERSION: u32 = 3;
 pub const EP_MAX_LOCAL_EXPERTS: u32 = 2048;
 pub const EP_MAX_EXPERTS: u32 = 8192;
 pub const EP_MAX_TOP_K: u32 = 32;
