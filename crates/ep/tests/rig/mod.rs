@@ -302,7 +302,10 @@ impl<'c> Rank<'c> {
         self.check_combine(&second, &other)
     }
 
-    pub(crate) fn oracle<'o>(&'o self, operation: usize, inputs: &'o [Input]) -> Oracle<'o> {
+    pub(crate) fn oracle<'o>(&self, operation: usize, inputs: &'o [Input]) -> Oracle<'o>
+    where
+        'c: 'o,
+    {
         Oracle::new(self.case, operation, inputs, Links::all(self.case.ranks))
     }
 
