@@ -74,10 +74,9 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 ///
 /// The parts of an operation do so just as well: [`dispatch_send`](Self::dispatch_send) and its
 /// `receive` are each a piece of work on the stream that they are given. While a part runs it takes
-/// the multiprocessors that [`BufferBuilder::num_sms`] allows; fewer leave some to the other work. To
-/// go on behind a point that
-/// lies further back than a stream's end, record an [`Event`](crate::Event) there and let the stream
-/// [`wait`](Stream::wait) for it.
+/// the multiprocessors that [`BufferBuilder::num_sms`] allows; fewer leave some to the other work.
+/// To go on behind a point that lies further back than a stream's end, record an
+/// [`Event`](crate::Event) there and let the stream [`wait`](Stream::wait) for it.
 ///
 /// A graph that is captured from the caller's stream takes the communication stream in where it
 /// follows, and ends when the caller's stream has followed it back. Nothing but recording an event

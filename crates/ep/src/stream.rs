@@ -163,8 +163,8 @@ impl Event {
             .map_err(Error::driver("waiting for an event"))
     }
 
-    /// Microseconds from `start` to this event, both timed, recorded and reached; exact to about half a
-    /// microsecond.
+    /// Microseconds from `start` to this event, both timed, recorded and reached; exact to about
+    /// half a microsecond.
     pub fn elapsed_us(&self, start: &Self) -> Result<f64, Error> {
         self.0
             .elapsed_us(&start.0)
