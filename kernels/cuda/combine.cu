@@ -16,7 +16,6 @@ namespace ep {
 namespace {
 
 constexpr uint32_t kNowhere = ~0u;
-constexpr uint32_t kSendPieces = 1;      // pieces of a row per lane and unit of sending
 constexpr uint32_t kEntriesAtOnce = 4;   // experts' rows loaded before the first is added
 constexpr uint32_t kPartialsAtOnce = 4;  // partials polled before the first is added
 constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
@@ -178,15 +177,13 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t p
 
   const uint8_t* y = reinterpret_cast<const uint8_t*>(p.a.y);
   const uint32_t row_bytes = 16 * shape.body;
-  uint32_t offset[kSendPieces];
-#pragma unroll
-  for (uint32_t i = 0; i < kSendPieces; ++i)
-    offset[i] = piece_offset(shape, unit.first_line + i * kLinesPerWarp + lane.line, lane);
+  const uint32_t line = unit.first_line + lane.line;
+  const uint32_t offset = piece_offset(shape, line, lane);
 
-  Channels sum[kSendPieces];
+  Channels sum;
 #pragma unroll 1
   for (uint32_t e = 0; e < entries.count; e += kEntriesAtOnce) {
-    uint4 rows[kEntriesAtOnce][kSendPieces];
+    uint4 rows[kEntriesAtOnce];
     float weight[kEntriesAtOnce];
 #pragma unroll
     for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
@@ -201,41 +198,31 @@ __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t p
         weight[j] = __uint_as_float(
             __shfl_sync(~0u, mine, at / kWeightsPerLine * kLanesPerLine + in_line / 4));
       }
-#pragma unroll
-      for (uint32_t i = 0; i < kSendPieces; ++i) {
-        rows[j][i] = {};
-        if (at < entries.count && offset[i] < row_bytes) {
-          if (!lane.last()) {
-            rows[j][i] = arch::ld_stream_v4(row + offset[i]);
-          } else {
-            const uint2 half = arch::ld_stream_v2(row + offset[i]);
-            rows[j][i] = {half.x, half.y, 0, 0};
-          }
+      rows[j] = {};
+      if (at < entries.count && offset < row_bytes) {
+        if (!lane.last()) {
+          rows[j] = arch::ld_stream_v4(row + offset);
+        } else {
+          const uint2 half = arch::ld_stream_v2(row + offset);
+          rows[j] = {half.x, half.y, 0, 0};
         }
       }
     }
 #pragma unroll
     for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
       if (e + j >= entries.count) break;
+      const Channels c = unpack(rows[j]);
 #pragma unroll
-      for (uint32_t i = 0; i < kSendPieces; ++i) {
-        const Channels c = unpack(rows[j][i]);
-#pragma unroll
-        for (int v = 0; v < 8; ++v)
-          sum[i].v[v] = e + j == 0 ? weight[j] * c.v[v] : fmaf(weight[j], c.v[v], sum[i].v[v]);
-      }
+      for (int v = 0; v < 8; ++v)
+        sum.v[v] = e + j == 0 ? weight[j] * c.v[v] : fmaf(weight[j], c.v[v], sum.v[v]);
     }
   }
 
   uint8_t* to =
       reinterpret_cast<uint8_t*>(p.partial_at(partner, g.rank, unit.slot)) + lane.piece * 16;
-#pragma unroll
-  for (uint32_t i = 0; i < kSendPieces; ++i) {
-    const uint32_t line = unit.first_line + i * kLinesPerWarp + lane.line;
-    uint4 v = pack(sum[i]);
-    if (lane.last()) v = seal({v.x, v.y}, epoch);
-    if (line < shape.lines()) arch::st_relaxed_sys_v4(to + line * kLine, v);
-  }
+  uint4 v = pack(sum);
+  if (lane.last()) v = seal({v.x, v.y}, epoch);
+  if (line < shape.lines()) arch::st_relaxed_sys_v4(to + line * kLine, v);
 }
 
 template <class P>
@@ -246,8 +233,7 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
   uint32_t most = 0;
 #pragma unroll 1
   for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
-  constexpr uint32_t kUnitLines = kSendPieces * kLinesPerWarp;
-  const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
+  const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
   const uint32_t units = most * g.num_ranks * units_per_row;
   auto find = [&](uint32_t u) {
     const uint32_t row = u / units_per_row;
@@ -256,7 +242,7 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
     // Each rank begins with another source, so that at any time ranks send to different ones.
     const uint32_t turn = row - unit.slot * g.num_ranks + g.rank + 1;
     unit.source = turn < g.num_ranks ? turn : turn - g.num_ranks;
-    unit.first_line = (u - row * units_per_row) * kUnitLines;
+    unit.first_line = (u - row * units_per_row) * kLinesPerWarp;
     return unit;
   };
   auto load = [&](uint32_t u) {

@@ -877,7 +877,6 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   bool complete = false;
   bool over = false;
   while (!over) {
-    bool mine = true;
     if (lane.line < header_lines) header = arch::ld_relaxed_sys_v4(from);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i) {
@@ -885,7 +884,7 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
       if (line + lane.line < unit_lines)
         data[i] = arch::ld_relaxed_sys_v4(from + (header_lines + first_line + line) * kLine);
     }
-    mine = lane.line >= header_lines || sealed(header, epoch);
+    bool mine = lane.line >= header_lines || sealed(header, epoch);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i)
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
