@@ -5,41 +5,6 @@ use std::ffi::c_void;
 
 use crate::{Kernel, Kernels, LaunchError, ffi};
 
-unsafe extern "C" {
-    fn ep_kernels_abi_version() -> u32;
-    fn ep_kernels_load(device: i32, cuda_error: *mut i32) -> i32;
-    fn ep_dispatch_launch(
-        args: *const ffi::ep_dispatch_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-    fn ep_combine_launch(
-        args: *const ffi::ep_combine_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-    fn ep_barrier_launch(
-        args: *const ffi::ep_barrier_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-    fn ep_empty_launch(
-        args: *const ffi::ep_empty_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-    fn ep_dequantize_launch(
-        args: *const ffi::ep_dequantize_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-    fn ep_swiglu_launch(
-        args: *const ffi::ep_swiglu_args,
-        stream: *mut c_void,
-        cuda_error: *mut i32,
-    ) -> i32;
-}
-
 type Launcher<A> = unsafe extern "C" fn(*const A, *mut c_void, *mut i32) -> i32;
 
 /// The CUDA kernels. They run on the primary context of the device in their arguments.
@@ -52,7 +17,7 @@ impl CudaKernels {
     /// Call [`load`](Self::load) for every device before the first launch there.
     pub fn new() -> Result<Self, LaunchError> {
         // SAFETY: the function takes nothing and reads nothing.
-        let version = unsafe { ep_kernels_abi_version() };
+        let version = unsafe { ffi::ep_kernels_abi_version() };
         if version == ffi::EP_KERNELS_ABI_VERSION {
             Ok(Self(()))
         } else {
@@ -68,7 +33,7 @@ impl CudaKernels {
     pub fn load(&self, device: i32) -> Result<(), LaunchError> {
         let mut error = 0;
         // SAFETY: the function takes numbers, and writes `error` before it returns.
-        let status = unsafe { ep_kernels_load(device, &mut error) };
+        let status = unsafe { ffi::ep_kernels_load(device, &mut error) };
         outcome(Kernel::Dispatch, status, error)
     }
 
@@ -82,7 +47,7 @@ impl CudaKernels {
         stream: u64,
     ) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
-        unsafe { launch(Kernel::Dequantize, ep_dequantize_launch, args, stream) }
+        unsafe { launch(Kernel::Dequantize, ffi::ep_dequantize_launch, args, stream) }
     }
 
     /// Enqueues `silu(gate) * up`.
@@ -95,7 +60,7 @@ impl CudaKernels {
         stream: u64,
     ) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
-        unsafe { launch(Kernel::Swiglu, ep_swiglu_launch, args, stream) }
+        unsafe { launch(Kernel::Swiglu, ffi::ep_swiglu_launch, args, stream) }
     }
 }
 
@@ -110,22 +75,22 @@ impl Kernels for CudaKernels {
         stream: u64,
     ) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
-        unsafe { launch(Kernel::Dispatch, ep_dispatch_launch, args, stream) }
+        unsafe { launch(Kernel::Dispatch, ffi::ep_dispatch_launch, args, stream) }
     }
 
     unsafe fn combine(&self, args: &ffi::ep_combine_args, stream: u64) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
-        unsafe { launch(Kernel::Combine, ep_combine_launch, args, stream) }
+        unsafe { launch(Kernel::Combine, ffi::ep_combine_launch, args, stream) }
     }
 
     unsafe fn barrier(&self, args: &ffi::ep_barrier_args, stream: u64) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the addresses.
-        unsafe { launch(Kernel::Barrier, ep_barrier_launch, args, stream) }
+        unsafe { launch(Kernel::Barrier, ffi::ep_barrier_launch, args, stream) }
     }
 
     unsafe fn empty(&self, args: &ffi::ep_empty_args, stream: u64) -> Result<(), LaunchError> {
         // SAFETY: the launcher reads `args` before it returns; the caller vouches for the stream.
-        unsafe { launch(Kernel::Empty, ep_empty_launch, args, stream) }
+        unsafe { launch(Kernel::Empty, ffi::ep_empty_launch, args, stream) }
     }
 }
 
