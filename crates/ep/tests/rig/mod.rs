@@ -349,7 +349,7 @@ impl<'c> Rank<'c> {
         }
     }
 
-    fn output<'t>(&self, tensors: &'t Tensors) -> CombineInput<'t> {
+    pub(crate) fn output<'t>(&self, tensors: &'t Tensors) -> CombineInput<'t> {
         let input = CombineInput::new(&tensors.y);
         match self.case.weights {
             Weights::AtCombine => input.with_weights(&tensors.topk_weights),
