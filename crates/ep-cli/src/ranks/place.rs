@@ -9,6 +9,8 @@ use std::time::SystemTime;
 
 use ep::Device;
 use ep::driver::DeviceOrdinal;
+#[cfg(feature = "cuda")]
+use ep::driver::{CudaDriver, Driver as _};
 use ep_sim::{Cluster, ClusterError, SimDriver};
 use serde::{Deserialize, Serialize};
 
@@ -89,15 +91,22 @@ pub(crate) enum PlaceError {
     NotBuilt,
     #[cfg(feature = "cuda")]
     #[error("the GPUs cannot be used")]
-    Driver(#[from] ep::Error),
-    #[cfg(feature = "cuda")]
-    #[error("the GPUs cannot be counted")]
-    Count(#[from] ep::driver::Error),
+    Driver(#[from] ep::driver::Error),
     #[cfg(feature = "cuda")]
     #[error(
         "{ranks} ranks need a GPU each and {gpus} are visible; lower --ranks or check CUDA_VISIBLE_DEVICES"
     )]
     TooFewGpus { ranks: usize, gpus: usize },
+    #[cfg(feature = "cuda")]
+    #[error(
+        "GPU {gpu} ({name}) has compute capability {major}.{minor}; the kernels need 9.0 or newer"
+    )]
+    TooOld {
+        gpu: usize,
+        name: String,
+        major: u32,
+        minor: u32,
+    },
     #[error("--cluster describes a simulated cluster; leave out --backend cuda")]
     ClusterOfGpus,
     #[error("{path} cannot be read")]
@@ -116,13 +125,26 @@ pub(crate) enum PlaceError {
     TooSmall { ranks: usize, gpus: usize },
 }
 
-/// What GPUs there are, if they are enough.
+/// What GPUs there are, if they are enough. Asks the driver alone: a context in this process, which
+/// only starts the ranks, would take half a gigabyte of a GPU.
 #[cfg(feature = "cuda")]
 fn gpus(ranks: usize) -> Result<String, PlaceError> {
-    let device = Device::cuda(DeviceOrdinal(0))?;
-    let gpus = device.driver().device_count()? as usize;
+    let driver = CudaDriver::load()?;
+    let gpus = driver.device_count()? as usize;
     if gpus < ranks {
         return Err(PlaceError::TooFewGpus { ranks, gpus });
+    }
+    for gpu in 0..ranks {
+        let info = driver.device_info(DeviceOrdinal(gpu as u32))?;
+        let (major, minor) = info.compute_capability;
+        if major < 9 {
+            return Err(PlaceError::TooOld {
+                gpu,
+                name: info.name,
+                major,
+                minor,
+            });
+        }
     }
     Ok(format!("{gpus} are visible"))
 }
