@@ -117,27 +117,12 @@ impl BufferBuilder {
                 rank: self.comm.rank(),
             });
         }
+        let rank = self.comm.rank();
         Ok(Settings {
             choice: self.choice.map_or_else(env::choice, Ok)?,
-            deadline: self.bound("deadline", self.deadline, env::deadline)?,
-            timeout: self.bound("timeout", self.timeout, env::timeout)?,
+            deadline: env::bound(rank, "deadline", self.deadline, env::deadline)?,
+            timeout: env::bound(rank, "timeout", self.timeout, env::timeout)?,
         })
-    }
-
-    fn bound(
-        &self,
-        bound: &'static str,
-        given: Option<Duration>,
-        default: fn() -> Result<Duration, Error>,
-    ) -> Result<Duration, Error> {
-        match given {
-            Some(Duration::ZERO) => Err(Error::ZeroBound {
-                rank: self.comm.rank(),
-                bound,
-            }),
-            Some(duration) => Ok(duration),
-            None => default(),
-        }
     }
 
     /// What this rank tells of itself. Without a choice it says that it cannot go on.

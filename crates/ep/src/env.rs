@@ -122,6 +122,20 @@ pub(crate) fn deadline() -> Result<Duration, Error> {
     milliseconds(EP_DEADLINE_MS, DEADLINE)
 }
 
+/// A bound that a caller gave, and without it the environment's. Zero is refused in either.
+pub(crate) fn bound(
+    rank: u32,
+    bound: &'static str,
+    given: Option<Duration>,
+    default: fn() -> Result<Duration, Error>,
+) -> Result<Duration, Error> {
+    match given {
+        Some(Duration::ZERO) => Err(Error::ZeroBound { rank, bound }),
+        Some(duration) => Ok(duration),
+        None => default(),
+    }
+}
+
 fn milliseconds(variable: &'static str, default: Duration) -> Result<Duration, Error> {
     let expected = "a number of milliseconds above 0";
     match optional::<u64>(variable, expected)? {

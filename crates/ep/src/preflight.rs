@@ -68,7 +68,7 @@ impl Preflight {
     }
 
     /// Bound on each step that waits for other ranks. Unless set, `EP_DEADLINE_MS`, and without it
-    /// 60 s.
+    /// 60 s. Zero is refused when it runs.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
@@ -95,7 +95,7 @@ impl Preflight {
     fn run_here(self) -> Result<Report, Error> {
         let rank = self.comm.rank();
         let choice = self.choice.map_or_else(env::choice, Ok);
-        let deadline = self.deadline.map_or_else(env::deadline, Ok);
+        let deadline = env::bound(rank, "deadline", self.deadline, env::deadline);
         let bound = *deadline.as_ref().unwrap_or(&env::DEADLINE);
         let session = Session::new(self.comm.clone(), bound);
         let settings = choice.and_then(|choice| deadline.map(|_| choice));

@@ -309,3 +309,43 @@ fn a_rank_that_goes_ends_the_others_at_once() {
         .unwrap_err();
     assert!(matches!(error, Error::Group { rank: 0, .. }), "{error}");
 }
+
+#[test]
+fn no_preflight_waits_for_no_time_at_all() {
+    let drivers = drivers(&Cluster::hgx_h200(2));
+    let communicators = Communicator::threads(2);
+    let errors: Vec<_> = thread::scope(|scope| {
+        let ranks: Vec<_> = drivers
+            .iter()
+            .zip(communicators)
+            .map(|(driver, communicator)| {
+                scope.spawn(move || {
+                    let deadline = [DEADLINE, Duration::ZERO][communicator.rank() as usize];
+                    Preflight::new(driver.clone(), DeviceOrdinal(0), &communicator)
+                        .alloc(Choice::Auto)
+                        .deadline(deadline)
+                        .run()
+                        .unwrap_err()
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    // The other rank is told, and does not wait.
+    assert!(
+        matches!(errors[0], Error::Peer { peer: 1, .. }),
+        "{}",
+        errors[0]
+    );
+    assert!(
+        matches!(
+            errors[1],
+            Error::ZeroBound {
+                rank: 1,
+                bound: "deadline"
+            }
+        ),
+        "{}",
+        errors[1]
+    );
+}
