@@ -1,23 +1,15 @@
 //! `ep perf` as a user runs it: real processes on the simulated cluster.
 
-use std::process::{Command, Output};
+mod common;
+
+use std::process::Output;
 
 use serde_json::Value;
 
 const SMALL: &str = "--backend sim --ranks 2 --hidden 256 --experts 16 --top-k 4 --iters 5";
 
 fn ep(line: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ep"));
-    command.arg("perf").args(line.split_whitespace());
-    for variable in [
-        "EP_ALLOC",
-        "MC_USE_NVLINK_IPC",
-        "EP_TIMEOUT_MS",
-        "EP_DEADLINE_MS",
-    ] {
-        command.env_remove(variable);
-    }
-    command.output().unwrap()
+    common::ep("perf", line).output().unwrap()
 }
 
 fn lines(line: &str) -> Vec<Value> {

@@ -1,5 +1,7 @@
 //! `ep preflight` as an operator runs it, on the cluster files that are shipped.
 
+mod common;
+
 use std::fs;
 use std::net::TcpListener;
 use std::path::Path;
@@ -8,25 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// A command without the environment's opinions.
 fn ep(line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ep"));
-    command.arg("preflight").args(line.split_whitespace());
-    for variable in [
-        "EP_ALLOC",
-        "EP_DEADLINE_MS",
-        "EP_PORT",
-        "EP_RUN_ID",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "MC_USE_NVLINK_IPC",
-        "RANK",
-        "WORLD_SIZE",
-    ] {
-        command.env_remove(variable);
-    }
-    command
+    common::ep("preflight", line)
 }
 
 /// The path of a shipped cluster file.

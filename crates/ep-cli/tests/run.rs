@@ -1,5 +1,7 @@
 //! `ep run` as a user runs it: real processes on the simulated cluster.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -17,17 +19,7 @@ fn ep(line: &str) -> Output {
 }
 
 fn command(line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ep"));
-    command.arg("run").args(line.split_whitespace());
-    for variable in [
-        "EP_ALLOC",
-        "MC_USE_NVLINK_IPC",
-        "EP_TIMEOUT_MS",
-        "EP_DEADLINE_MS",
-    ] {
-        command.env_remove(variable);
-    }
-    command
+    common::ep("run", line)
 }
 
 fn report(output: &Output) -> Value {

@@ -15,8 +15,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError};
 use ep::driver::{CudaDriver, Driver, StreamHandle};
 use ep::{
     BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, DispatchInput,
@@ -291,15 +291,37 @@ fn graphs_replay_on_gpus() {
     }
 }
 
+fn failed(error: DriverError) -> String {
+    format!("{error:?}")
+}
+
+/// A framework's stream: captured by its owner, borrowed by the library.
+fn their_stream(device: &Device) -> Result<Arc<CudaStream>, String> {
+    let context = CudaContext::new(device.ordinal().0 as usize).map_err(failed)?;
+    context.new_stream().map_err(failed)
+}
+
+/// The graph of what is enqueued from a stream.
+fn captured(
+    stream: &Arc<CudaStream>,
+    enqueue: impl FnOnce() -> Result<(), Error>,
+) -> Result<CudaGraph, String> {
+    stream
+        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        .map_err(failed)?;
+    let enqueued = enqueue();
+    let graph = stream
+        .end_capture(CUgraphInstantiate_flags(0))
+        .map_err(failed)?;
+    enqueued.map_err(explain)?;
+    graph.ok_or_else(|| "nothing was captured".into())
+}
+
 fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
-    let failed = |error| format!("{error:?}");
     let device = device(comm.rank()).map_err(explain)?;
-    // A framework's stream: captured by its owner, borrowed by the library.
-    let context = CudaContext::new(comm.rank() as usize).map_err(failed)?;
-    let theirs = context.new_stream().map_err(failed)?;
-    let raw = StreamHandle(theirs.cu_stream() as u64);
+    let theirs = their_stream(&device)?;
     // SAFETY: the stream is of the device's primary context, and lives until this function ends.
-    let stream = unsafe { Stream::borrowed(&device, raw) };
+    let stream = unsafe { Stream::borrowed(&device, StreamHandle(theirs.cu_stream() as u64)) };
     let mut rank = Rank::new(&device, comm, case).map_err(explain)?.on(stream);
 
     let operations = 6;
@@ -308,18 +330,12 @@ fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
     let mut tensors = prepared(&rank, &oracles[..2]).map_err(explain)?;
     rank.run(1, Order::Fused)?;
 
-    theirs
-        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        .map_err(failed)?;
-    let captured = tensors.iter_mut().try_for_each(|tensors| {
-        let handle = rank.dispatch(tensors)?;
-        rank.combine(handle, tensors)
-    });
-    let graph = theirs
-        .end_capture(CUgraphInstantiate_flags(0))
-        .map_err(failed)?;
-    captured.map_err(explain)?;
-    let graph = graph.ok_or("nothing was captured")?;
+    let graph = captured(&theirs, || {
+        tensors.iter_mut().try_for_each(|tensors| {
+            let handle = rank.dispatch(tensors)?;
+            rank.combine(handle, tensors)
+        })
+    })?;
 
     let members: Vec<u32> = (0..comm.size()).collect();
     let rounds = setting("EP_GPU_ITERS", 300).min(300);
@@ -383,13 +399,10 @@ fn operations_beside_other_work_on_gpus() {
 }
 
 fn beside(case: &Case, comm: &Communicator) -> Result<(), String> {
-    let failed = |error| format!("{error:?}");
     let device = device(comm.rank()).map_err(explain)?;
-    let context = CudaContext::new(comm.rank() as usize).map_err(failed)?;
-    let theirs = context.new_stream().map_err(failed)?;
-    let raw = StreamHandle(theirs.cu_stream() as u64);
+    let theirs = their_stream(&device)?;
     // SAFETY: the stream is of the device's primary context, and lives until this function ends.
-    let compute = unsafe { Stream::borrowed(&device, raw) };
+    let compute = unsafe { Stream::borrowed(&device, StreamHandle(theirs.cu_stream() as u64)) };
     let rank = Rank::new(&device, comm, case).map_err(explain)?;
     let inputs = case.inputs(0);
     let oracle = rank.oracle(0, &inputs);
@@ -413,15 +426,7 @@ fn beside(case: &Case, comm: &Communicator) -> Result<(), String> {
                 .compare(&expected)
                 .map_err(|error| format!("launch {round}: {error}"))?;
         }
-        theirs
-            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-            .map_err(failed)?;
-        let captured = beside.enqueue(is_split);
-        let graph = theirs
-            .end_capture(CUgraphInstantiate_flags(0))
-            .map_err(failed)?;
-        captured.map_err(explain)?;
-        let graph = graph.ok_or("nothing was captured")?;
+        let graph = captured(&theirs, || beside.enqueue(is_split))?;
         for round in 0..setting("EP_GPU_ITERS", 50).min(50) {
             beside.poison().map_err(explain)?;
             graph.launch().map_err(failed)?;
