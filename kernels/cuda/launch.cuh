@@ -23,6 +23,7 @@ public:
     if (error_ != cudaSuccess || before == device) return;
     error_ = entries().error;
     if (error_ != cudaSuccess) return;
+    // Refused only while the driver is not initialised, and then there is none.
     if (entries().get_current(&before_) != CUDA_SUCCESS) before_ = nullptr;
     error_ = cudaSetDevice(device);
   }
