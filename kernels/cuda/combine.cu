@@ -16,21 +16,50 @@ namespace ep {
 namespace {
 
 constexpr uint32_t kNowhere = ~0u;
-constexpr uint32_t kEntriesAtOnce = 4;   // experts' rows loaded before the first is added
-constexpr uint32_t kPartialsAtOnce = 4;  // partials polled before the first is added
 constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
 
-// H is the hidden size where it is known at compile time.
-template <uint32_t H>
-struct Problem {
-  // Warps of a block: as many as can have the registers that they need.
-  static constexpr uint32_t kWarps = H != 0 ? 32 : 28;
-  const ep_combine_args& a;
+// A way to divide the work. A unit is `Pieces` pieces of a line for each lane of a warp: small ones
+// spread few rows over all warps, large ones take fewer instructions for a row.
+template <uint32_t Pieces, uint32_t Warps, uint32_t Entries, uint32_t Partials>
+struct Way {
+  static constexpr uint32_t kPieces = Pieces;
+  static constexpr uint32_t kWarps = Warps;        // of a block: as many as have enough registers
+  static constexpr uint32_t kEntries = Entries;    // experts' rows loaded before the first is added
+  static constexpr uint32_t kPartials = Partials;  // partials polled before the first is added
+  static constexpr uint32_t kLines = Pieces * kLinesPerWarp;
+};
 
-  __device__ __forceinline__ explicit Problem(const ep_combine_args& args) : a(args) {}
+// What the host works out once for all blocks.
+struct Plan {
+  Divisor ranks;
+  uint32_t units_per_row;
+  // From a warp's unit of received rows to its next: as many units as there are warps.
+  uint32_t step_segment;
+  uint32_t step_turn;
+  uint32_t step_slot;
+  Plan(const ep_group& g, uint32_t lines_per_unit, uint32_t warps)
+      : ranks(g.num_ranks), units_per_row(div_up(bf16_row(g.hidden).lines(), lines_per_unit)),
+        step_segment(warps % units_per_row), step_turn(warps / units_per_row % g.num_ranks),
+        step_slot(warps / units_per_row / g.num_ranks) {}
+};
+
+// H is the hidden size where it is known at compile time.
+template <uint32_t H, class W>
+struct Problem : W {
+  // Whether units end where rows do.
+  static constexpr bool kWholeUnits = H != 0 && bf16_row(H).lines() % W::kLines == 0;
+  const ep_combine_args& a;
+  const Plan& plan;
+
+  __device__ __forceinline__ Problem(const ep_combine_args& args, const Plan& p)
+      : a(args), plan(p) {}
 
   __device__ __forceinline__ uint32_t hidden() const { return H != 0 ? H : a.group.hidden; }
   __device__ __forceinline__ RowShape row() const { return bf16_row(hidden()); }
+  __device__ __forceinline__ uint32_t row_bytes() const { return 2 * hidden(); }
+  __device__ __forceinline__ uint32_t units_per_row() const {
+    return H != 0 ? div_up(bf16_row(H).lines(), W::kLines) : plan.units_per_row;
+  }
   // Where `owner`'s partials for this rank, or this rank's for others, stand in the buffer at
   // `base`.
   __device__ __forceinline__ uint64_t partial_at(uint64_t base, uint32_t owner,
@@ -54,17 +83,21 @@ struct Problem {
   }
 };
 
-// Byte offset, within a row, of the piece of a line that a lane carries; `row bytes` if it carries
-// none.
-__device__ __forceinline__ uint32_t piece_offset(const RowShape& shape, uint32_t line,
-                                                 const LaneInLine& lane) {
-  if (line >= shape.lines()) return 16 * shape.body;
-  if (!lane.last()) {
-    const uint32_t unit = 7 * line + lane.piece;
-    return unit < shape.whole() ? 16 * unit : 16 * shape.body;
-  }
-  return min(16 * shape.whole() + 8 * line, 16 * shape.body);
-}
+// Where a lane's pieces of a unit stand within a row: each `step` bytes after the one before.
+struct LanePieces {
+  static constexpr uint32_t kBodyStep = kLinesPerWarp * 7 * 16;
+  static constexpr uint32_t kTailStep = kLinesPerWarp * 8;
+  bool tail;       // pieces of 8 bytes
+  uint32_t first;  // bytes
+  uint32_t end;    // what stands there or beyond is not of the row
+  uint32_t step;
+  __device__ __forceinline__ LanePieces(const RowShape& shape, const LaneInLine& lane,
+                                        uint32_t line)
+      : tail(lane.last()),
+        first(tail ? 16 * shape.whole() + 8 * line : 16 * (7 * line + lane.piece)),
+        end(16 * (tail ? shape.body : shape.whole())), step(tail ? kTailStep : kBodyStep) {}
+  __device__ __forceinline__ bool has(uint32_t i) const { return first + i * step < end; }
+};
 
 struct Channels {
   float v[8];
@@ -117,8 +150,7 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
       const uint32_t at = i % kWeightsPerLine;
       if (lane.line == i / kWeightsPerLine && lane.piece == at / 4) {
 #pragma unroll
-        for (uint32_t c = 0; c < 4; ++c)
-          if (at % 4 == c) piece[c] = w;
+        for (uint32_t c = 0; c < 4; ++c) piece[c] = at % 4 == c ? w : piece[c];
       }
     }
     const uint64_t partner = partners[to >> 16];
@@ -133,148 +165,220 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
   }
 }
 
-// Some lines of a received row.
+// A unit of a received row: the source's rows take turns with the other sources'.
 struct SendUnit {
-  uint32_t source;
   uint32_t slot;
-  uint32_t first_line;
+  uint32_t turn;
+  uint32_t segment;
+  // The `n`th; n is at most the number of warps.
+  template <class P>
+  __device__ __forceinline__ SendUnit(const P& p, uint32_t n) {
+    const uint32_t row = n / p.units_per_row();
+    segment = n - row * p.units_per_row();
+    slot = p.plan.ranks.quotient(row);
+    turn = row - slot * p.plan.ranks.value;
+  }
+  // To the warp's next.
+  template <class P>
+  __device__ __forceinline__ void step(const P& p) {
+    segment += p.plan.step_segment;
+    turn += p.plan.step_turn;
+    slot += p.plan.step_slot;
+    if (segment >= p.units_per_row()) {
+      segment -= p.units_per_row();
+      ++turn;
+    }
+    if (turn >= p.plan.ranks.value) {
+      turn -= p.plan.ranks.value;
+      ++slot;
+    }
+  }
+  // Each rank begins with another source, so that at any time ranks send to different ones.
+  template <class P>
+  __device__ __forceinline__ uint32_t source(const P& p) const {
+    const uint32_t r = p.a.group.rank + 1 + turn;
+    return r < p.plan.ranks.value ? r : r - p.plan.ranks.value;
+  }
 };
 
 // What dispatch left of a received row.
 struct RowEntries {
   uint32_t count = 0;
-  uint64_t mine = 0;  // the lane's: row of y and weight
+  uint32_t row = 0;  // of y: the lane's entry
+  float weight = 0.0f;
 };
 
-// Reduces some lines of one received row and stores them to the row's source. One warp.
+// The lane's entry's weight, if the weights come with combine. False if they do not come.
 template <class P>
-__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t partner,
-                                          const SendUnit& unit, const RowEntries& entries) {
+__device__ __forceinline__ bool take_weights(const P& p, uint64_t epoch, uint32_t source,
+                                             uint32_t slot, float* weight) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
-  const RowShape shape = p.row();
-  if (entries.count == 0) return;
-
   uint4 given = {};
-  const bool weights_here = (p.a.flags & EP_COMBINE_WEIGHTS) != 0;
-  if (weights_here) {
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(
-                              p.weights_at(peer_base(g, g.rank), unit.source, unit.slot)) +
-                          lane.line * kLine + lane.piece * 16;
-    Patience patience;
-    for (;;) {
-      if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
-      if (__all_sync(~0u,
-                     !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
-        break;
-      if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
-        if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, unit.source);
-        return;
-      }
+  const uint8_t* from =
+      reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
+      lane.line * kLine + lane.piece * 16;
+  Patience patience;
+  for (;;) {
+    if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
+    if (__all_sync(~0u,
+                   !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
+      break;
+    if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
+      if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
+      return false;
     }
   }
+  const uint32_t in_line = thread % kWeightsPerLine;
+  const uint32_t holder = thread / kWeightsPerLine * kLanesPerLine + in_line / 4;
+  const uint32_t x = __shfl_sync(~0u, given.x, holder);
+  const uint32_t y = __shfl_sync(~0u, given.y, holder);
+  const uint32_t z = __shfl_sync(~0u, given.z, holder);
+  const uint32_t w = __shfl_sync(~0u, given.w, holder);
+  const uint32_t low = in_line % 2 == 0 ? x : y;
+  const uint32_t high = in_line % 2 == 0 ? z : w;
+  *weight = __uint_as_float(in_line % 4 < 2 ? low : high);
+  return true;
+}
 
-  const uint8_t* y = reinterpret_cast<const uint8_t*>(p.a.y);
-  const uint32_t row_bytes = 16 * shape.body;
-  const uint32_t line = unit.first_line + lane.line;
-  const uint32_t offset = piece_offset(shape, line, lane);
-
-  Channels sum;
-#pragma unroll 1
-  for (uint32_t e = 0; e < entries.count; e += kEntriesAtOnce) {
-    uint4 rows[kEntriesAtOnce];
-    float weight[kEntriesAtOnce];
+// Packs the sums of a unit of one received row and stores them to the row's source. One warp.
+template <class P>
+__device__ __forceinline__ void store_unit(const P& p, uint64_t epoch, uint64_t partner,
+                                           uint32_t slot, uint32_t first_line,
+                                           const Channels (&sum)[P::kPieces]) {
+  const LaneInLine lane;
+  const uint32_t lines = p.row().lines();
+  const uint32_t line = first_line + lane.line;
+  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(partner, p.a.group.rank, slot)) +
+                line * kLine + lane.piece * 16;
+  __syncwarp();  // the lanes of a line store together
 #pragma unroll
-    for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
-      const uint32_t at = e + j;
-      const uint64_t which = __shfl_sync(~0u, entries.mine, at % 32);
-      const uint8_t* row = y + uint64_t{static_cast<uint32_t>(which)} * row_bytes;
-      weight[j] = __uint_as_float(static_cast<uint32_t>(which >> 32));
-      if (weights_here) {
-        const uint32_t in_line = at % kWeightsPerLine;
-        const uint32_t c = in_line % 4;
-        const uint32_t mine = c == 0 ? given.x : c == 1 ? given.y : c == 2 ? given.z : given.w;
-        weight[j] = __uint_as_float(
-            __shfl_sync(~0u, mine, at / kWeightsPerLine * kLanesPerLine + in_line / 4));
-      }
-      rows[j] = {};
-      if (at < entries.count && offset < row_bytes) {
-        if (!lane.last()) {
-          rows[j] = arch::ld_stream_v4(row + offset);
+  for (uint32_t i = 0; i < P::kPieces; ++i) {
+    uint4 v = pack(sum[i]);
+    if (lane.last()) v = seal({v.x, v.y}, epoch);
+    if (p.kWholeUnits || line + i * kLinesPerWarp < lines)
+      arch::st_relaxed_sys_v4(to + i * kLinesPerWarp * kLine, v);
+  }
+}
+
+// Reduces a unit of one received row. One warp.
+template <class P>
+__device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t partner,
+                                          uint32_t slot, uint32_t first_line,
+                                          const RowEntries& entries) {
+  const LaneInLine lane;
+  const LanePieces pieces(p.row(), lane, first_line + lane.line);
+  const uint8_t* y = reinterpret_cast<const uint8_t*>(p.a.y) + pieces.first;
+
+  // What is added to -0 stays as it is, -0 too.
+  Channels sum[P::kPieces];
+#pragma unroll
+  for (uint32_t i = 0; i < P::kPieces; ++i)
+#pragma unroll
+    for (float& v : sum[i].v) v = -0.0f;
+#pragma unroll 1
+  for (uint32_t e = 0; e < entries.count; e += P::kEntries) {
+    uint4 rows[P::kEntries][P::kPieces];
+#pragma unroll
+    for (uint32_t j = 0; j < P::kEntries; ++j) {
+      const uint8_t* at = y + uint64_t{__shfl_sync(~0u, entries.row, e + j)} * p.row_bytes();
+#pragma unroll
+      for (uint32_t i = 0; i < P::kPieces; ++i) {
+        rows[j][i] = {};
+        if (e + j >= entries.count || !pieces.has(i)) continue;
+        if (!pieces.tail) {
+          rows[j][i] = arch::ld_stream_v4(at + i * LanePieces::kBodyStep);
         } else {
-          const uint2 half = arch::ld_stream_v2(row + offset);
-          rows[j] = {half.x, half.y, 0, 0};
+          const uint2 half = arch::ld_stream_v2(at + i * LanePieces::kTailStep);
+          rows[j][i] = {half.x, half.y, 0, 0};
         }
       }
     }
 #pragma unroll
-    for (uint32_t j = 0; j < kEntriesAtOnce; ++j) {
+    for (uint32_t j = 0; j < P::kEntries; ++j) {
       if (e + j >= entries.count) break;
-      const Channels c = unpack(rows[j]);
+      const float weight = __shfl_sync(~0u, entries.weight, e + j);
 #pragma unroll
-      for (int v = 0; v < 8; ++v)
-        sum.v[v] = e + j == 0 ? weight[j] * c.v[v] : fmaf(weight[j], c.v[v], sum.v[v]);
+      for (uint32_t i = 0; i < P::kPieces; ++i) {
+        const Channels c = unpack(rows[j][i]);
+#pragma unroll
+        for (int v = 0; v < 8; ++v) sum[i].v[v] = fmaf(weight, c.v[v], sum[i].v[v]);
+      }
     }
   }
+  store_unit(p, epoch, partner, slot, first_line, sum);
+}
 
-  uint8_t* to =
-      reinterpret_cast<uint8_t*>(p.partial_at(partner, g.rank, unit.slot)) + lane.piece * 16;
-  uint4 v = pack(sum);
-  if (lane.last()) v = seal({v.x, v.y}, epoch);
-  if (line < shape.lines()) arch::st_relaxed_sys_v4(to + line * kLine, v);
+template <class P>
+__device__ __forceinline__ RowEntries load_entries(const P& p, uint32_t source, uint32_t slot) {
+  const ep_group& g = p.a.group;
+  const uint32_t thread = threadIdx.x % 32;
+  const uint64_t* map = reinterpret_cast<const uint64_t*>(p.a.handle.recv_map) +
+                        (source * g.max_tokens + slot) * (1 + g.max_top_k);
+  RowEntries entries;
+  entries.count = static_cast<uint32_t>(map[0] >> 32);
+  if (thread < g.max_top_k) {
+    const uint64_t mine = map[1 + thread];
+    entries.row = static_cast<uint32_t>(mine);
+    entries.weight = __uint_as_float(static_cast<uint32_t>(mine >> 32));
+  }
+  return entries;
+}
+
+// The rows of the source that has most.
+template <class P>
+__device__ __forceinline__ uint32_t most_rows(const P& p, const uint32_t* source_rows) {
+  uint32_t most = 0;
+  for (uint32_t r = threadIdx.x % 32; r < p.a.group.num_ranks; r += 32)
+    most = max(most, source_rows[r]);
+  return __reduce_max_sync(~0u, most);
+}
+
+// Where a source's rows go, or 0 if they cannot.
+template <class P>
+__device__ __forceinline__ uint64_t destination(const P& p, const uint64_t* partners,
+                                                uint64_t epoch, uint32_t source) {
+  const ep_group& g = p.a.group;
+  const uint64_t partner = partners[source];
+  if (partner == 0 && threadIdx.x % 32 == 0 && peer_base(g, source) == 0) [[unlikely]]
+    record_peer_fault(g, kCombineSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, source, 0, 0);
+  return partner;
 }
 
 template <class P>
 __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
                                      const uint32_t* source_rows, uint64_t epoch) {
-  const ep_group& g = p.a.group;
-  const uint32_t thread = threadIdx.x % 32;
-  uint32_t most = 0;
-#pragma unroll 1
-  for (uint32_t r = 0; r < g.num_ranks; ++r) most = max(most, source_rows[r]);
-  const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
-  const uint32_t units = most * g.num_ranks * units_per_row;
-  auto find = [&](uint32_t u) {
-    const uint32_t row = u / units_per_row;
-    SendUnit unit;
-    unit.slot = row / g.num_ranks;
-    // Each rank begins with another source, so that at any time ranks send to different ones.
-    const uint32_t turn = row - unit.slot * g.num_ranks + g.rank + 1;
-    unit.source = turn < g.num_ranks ? turn : turn - g.num_ranks;
-    unit.first_line = (u - row * units_per_row) * kLinesPerWarp;
-    return unit;
-  };
-  auto load = [&](uint32_t u) {
-    RowEntries entries;
-    if (u >= units) return entries;
-    const SendUnit unit = find(u);
-    if (unit.slot >= source_rows[unit.source]) return entries;
-    const uint64_t* map = reinterpret_cast<const uint64_t*>(p.a.handle.recv_map) +
-                          (uint64_t{unit.source} * g.max_tokens + unit.slot) * (1 + g.max_top_k);
-    entries.count = static_cast<uint32_t>(map[0] >> 32);
-    if (thread < g.max_top_k) entries.mine = map[1 + thread];
-    return entries;
+  const uint32_t most = most_rows(p, source_rows);
+  auto load = [&](const SendUnit& unit) {
+    if (unit.slot >= most) return RowEntries();
+    const uint32_t source = unit.source(p);
+    if (unit.slot >= source_rows[source]) return RowEntries();
+    return load_entries(p, source, unit.slot);
   };
   // What a row consists of is loaded while the row before is on its way.
-  uint32_t u = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-  RowEntries next = load(u);
+  SendUnit unit(p, threadIdx.x / 32 * gridDim.x + blockIdx.x);
+  RowEntries next = load(unit);
 #pragma unroll 1
-  for (; u < units; u += P::kWarps * gridDim.x) {
-    const RowEntries entries = next;
-    next = load(u + P::kWarps * gridDim.x);
-    const SendUnit unit = find(u);
-    if (unit.slot >= source_rows[unit.source]) continue;
-    const uint64_t partner = partners[unit.source];
-    if (partner != 0)
-      send_unit(p, epoch, partner, unit, entries);
-    else if (thread == 0 && peer_base(g, unit.source) == 0)
-      record_peer_fault(g, kCombineSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, unit.source, 0,
-                        0);
+  while (unit.slot < most) {
+    RowEntries entries = next;
+    const uint32_t source = unit.source(p);
+    const uint32_t slot = unit.slot;
+    const uint32_t first_line = unit.segment * P::kLines;
+    unit.step(p);
+    next = load(unit);
+    if (entries.count == 0) continue;
+    const uint64_t partner = destination(p, partners, epoch, source);
+    if (partner == 0) [[unlikely]]
+      continue;
+    if ((p.a.flags & EP_COMBINE_WEIGHTS) != 0 &&
+        !take_weights(p, epoch, source, slot, &entries.weight))
+      continue;
+    send_unit(p, epoch, partner, slot, first_line, entries);
   }
 }
 
-// Sums some lines of one token's partials. One warp.
+// Sums a unit of one token's partials. One warp.
 template <class P>
 __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partners, uint64_t epoch,
                                              uint32_t token, uint32_t first_line) {
@@ -283,13 +387,12 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
   const LaneInLine lane;
   const RowShape shape = p.row();
   const uint32_t line = first_line + lane.line;
-  const bool mine = line < shape.lines();
   uint32_t route = kNowhere;
   if (thread < p.a.handle.top_k)
     route =
         reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
 
-  const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank));
+  const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank)) + lane.piece * 16;
   // What a rank that takes no part had promised does not come.
   if (route != kNowhere && partners[route >> 16] == 0) [[unlikely]] {
     if (peer_base(g, route >> 16) == 0)
@@ -298,21 +401,22 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
     route = kNowhere;
   }
 
-  Channels sum = {};
-  bool any = false;
+  Channels sum[P::kPieces] = {};
   uint32_t next = __reduce_min_sync(~0u, route);
+  bool any = false;
 #pragma unroll 1
   while (next != kNowhere) {
     // Owners ascend, some at a time.
-    uint32_t at[kPartialsAtOnce];  // the lane's line, counted from the buffer's base
-    uint4 piece[kPartialsAtOnce];
+    uint32_t at[P::kPartials];  // the lane's first line, counted from the buffer's base
+    uint4 piece[P::kPartials][P::kPieces];
     uint32_t wanted = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
-      at[i] = static_cast<uint32_t>(p.partial_at(0, next >> 16, next & 0xffff) / kLine) + line;
-      piece[i] = {};
+    for (uint32_t n = 0; n < P::kPartials; ++n) {
+      at[n] = static_cast<uint32_t>(p.partial_at(0, next >> 16, next & 0xffff) / kLine) + line;
+#pragma unroll
+      for (uint32_t i = 0; i < P::kPieces; ++i) piece[n][i] = {};
       if (next != kNowhere) {
-        wanted |= 1u << i;
+        wanted |= 1u << n;
         if (route == next) route = kNowhere;
         next = __reduce_min_sync(~0u, route);
       }
@@ -321,63 +425,79 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
     uint32_t missing = wanted;
     while (missing != 0) {
 #pragma unroll
-      for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
-        if ((missing >> i & 1) != 0 && mine)
-          piece[i] = arch::ld_relaxed_sys_v4(base + uint64_t{at[i]} * kLine + lane.piece * 16);
+      for (uint32_t n = 0; n < P::kPartials; ++n) {
+        if ((missing >> n & 1) == 0) continue;
+        const uint8_t* from = base + uint64_t{at[n]} * kLine;
 #pragma unroll
-      for (uint32_t i = 0; i < kPartialsAtOnce; ++i)
-        if ((missing >> i & 1) != 0 &&
-            __all_sync(~0u, !mine || !lane.last() || sealed(piece[i], epoch)))
-          missing &= ~(1u << i);
+        for (uint32_t i = 0; i < P::kPieces; ++i)
+          if (line + i * kLinesPerWarp < shape.lines())
+            piece[n][i] = arch::ld_relaxed_sys_v4(from + i * kLinesPerWarp * kLine);
+      }
+#pragma unroll
+      for (uint32_t n = 0; n < P::kPartials; ++n) {
+        bool here = true;
+#pragma unroll
+        for (uint32_t i = 0; i < P::kPieces; ++i)
+          here &= line + i * kLinesPerWarp >= shape.lines() || sealed(piece[n][i], epoch);
+        if ((missing >> n & 1) != 0 && __all_sync(~0u, here || !lane.last())) missing &= ~(1u << n);
+      }
       if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]] {
         uint32_t mine_at = at[0];
 #pragma unroll
-        for (uint32_t i = 1; i < kPartialsAtOnce; ++i)
-          if (thread == i) mine_at = at[i];
-        if (thread < kPartialsAtOnce && (missing >> thread & 1) != 0)
+        for (uint32_t n = 1; n < P::kPartials; ++n)
+          if (thread == n) mine_at = at[n];
+        if (thread < P::kPartials && (missing >> thread & 1) != 0)
           report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
         break;
       }
     }
 #pragma unroll
-    for (uint32_t i = 0; i < kPartialsAtOnce; ++i) {
-      if (((wanted & ~missing) >> i & 1) == 0) continue;
-      const Channels c = unpack(piece[i]);
+    for (uint32_t n = 0; n < P::kPartials; ++n) {
+      if (((wanted & ~missing) >> n & 1) == 0) continue;
 #pragma unroll
-      for (int v = 0; v < 8; ++v) sum.v[v] = any ? sum.v[v] + c.v[v] : c.v[v];
+      for (uint32_t i = 0; i < P::kPieces; ++i) {
+        const Channels c = unpack(piece[n][i]);
+#pragma unroll
+        for (int v = 0; v < 8; ++v) sum[i].v[v] = any ? sum[i].v[v] + c.v[v] : c.v[v];
+      }
       any = true;
     }
   }
 
-  const uint32_t row_bytes = 16 * shape.body;
-  const uint32_t offset = piece_offset(shape, line, lane);
-  if (offset >= row_bytes) return;
-  uint8_t* out = reinterpret_cast<uint8_t*>(p.a.out) + uint64_t{token} * row_bytes + offset;
-  const uint4 v = pack(sum);
-  if (!lane.last())
-    *reinterpret_cast<uint4*>(out) = v;
-  else
-    *reinterpret_cast<uint2*>(out) = {v.x, v.y};
+  const LanePieces pieces(shape, lane, line);
+  uint8_t* out =
+      reinterpret_cast<uint8_t*>(p.a.out) + uint64_t{token} * p.row_bytes() + pieces.first;
+#pragma unroll
+  for (uint32_t i = 0; i < P::kPieces; ++i) {
+    const uint4 v = pack(sum[i]);
+    if (!pieces.tail) {
+      if (pieces.first + i * LanePieces::kBodyStep < pieces.end)
+        *reinterpret_cast<uint4*>(out + i * LanePieces::kBodyStep) = v;
+    } else if (pieces.first + i * LanePieces::kTailStep < pieces.end) {
+      *reinterpret_cast<uint2*>(out + i * LanePieces::kTailStep) = {v.x, v.y};
+    }
+  }
 }
 
 template <class P>
 __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, uint64_t epoch) {
-  const uint32_t units_per_row = div_up(p.row().lines(), kLinesPerWarp);
-  const uint32_t units = p.a.handle.num_tokens * units_per_row;
+  const uint32_t units = p.a.handle.num_tokens * p.units_per_row();
   const uint32_t warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += P::kWarps * gridDim.x)
-    receive_unit(p, partners, epoch, u / units_per_row, u % units_per_row * kLinesPerWarp);
+  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += P::kWarps * gridDim.x) {
+    const uint32_t token = u / p.units_per_row();
+    receive_unit(p, partners, epoch, token, (u - token * p.units_per_row()) * P::kLines);
+  }
 }
 
-template <uint32_t H>
-__global__ void __launch_bounds__(32 * Problem<H>::kWarps, 1)
-    combine(const __grid_constant__ ep_combine_args args) {
+template <uint32_t H, class W>
+__global__ void __launch_bounds__(32 * W::kWarps, 1)
+    combine(const __grid_constant__ ep_combine_args args, const __grid_constant__ Plan plan) {
   extern __shared__ uint64_t partners[];  // [R], then source_rows u32 [R]
   __shared__ uint64_t send_epoch;
   __shared__ uint64_t recv_epoch;
-  constexpr uint32_t kWarps = Problem<H>::kWarps;
-  const Problem<H> p(args);
+  constexpr uint32_t kWarps = W::kWarps;
+  const Problem<H, W> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);
   uint32_t* source_rows = reinterpret_cast<uint32_t*>(partners + g.num_ranks);
@@ -410,20 +530,40 @@ __global__ void __launch_bounds__(32 * Problem<H>::kWarps, 1)
 }
 
 struct CombineKernel {
-  void (*kernel)(const ep_combine_args);
+  void (*kernel)(const ep_combine_args, const Plan);
   uint32_t threads;
+  uint32_t lines;  // of a unit
 };
 
-template <uint32_t H>
+template <uint32_t H, class W>
 constexpr CombineKernel kernel() {
-  return {combine<H>, 32 * Problem<H>::kWarps};
+  return {combine<H, W>, 32 * W::kWarps, W::kLines};
 }
 
-CombineKernel kernel_for(uint32_t hidden) {
-  switch (hidden) {
-  case 3584: return kernel<3584>();
-  case 7168: return kernel<7168>();
-  default: return kernel<0>();
+// For few and for many rows a warp.
+template <uint32_t H>
+constexpr CombineKernel kFewRows = kernel<H, Way<1, H != 0 ? 32 : 28, 4, 4>>();
+template <uint32_t H>
+constexpr CombineKernel kManyRows = kernel<H, Way<4, 16, 3, 2>>();
+
+template <uint32_t H>
+const CombineKernel& kernel_for(bool many_rows) {
+  return many_rows ? kManyRows<H> : kFewRows<H>;
+}
+
+// All ways give the same bits.
+const CombineKernel& kernel_for(const ep_combine_args& a, unsigned grid) {
+  // Small units that a warp would have, if all ranks had this rank's number of tokens. With more,
+  // instructions are what limits.
+  constexpr uint64_t kMostUnits = 12;
+  const uint64_t rows = uint64_t{a.handle.num_tokens} *
+                        (a.handle.top_k < a.group.num_ranks ? a.handle.top_k : a.group.num_ranks);
+  const uint64_t units = rows * div_up(bf16_row(a.group.hidden).lines(), kLinesPerWarp);
+  const bool many_rows = units > kMostUnits * 32 * grid;
+  switch (a.group.hidden) {
+  case 3584: return kernel_for<3584>(many_rows);
+  case 7168: return kernel_for<7168>(many_rows);
+  default: return kernel_for<0>(many_rows);
   }
 }
 
@@ -442,7 +582,10 @@ bool is_sound(const ep_combine_args& a) {
 }  // namespace
 }  // namespace ep
 
-cudaError_t ep::load_combine() { return load(combine<3584>, combine<7168>, combine<0>); }
+cudaError_t ep::load_combine() {
+  return load(kFewRows<3584>.kernel, kManyRows<3584>.kernel, kFewRows<7168>.kernel,
+              kManyRows<7168>.kernel, kFewRows<0>.kernel, kManyRows<0>.kernel);
+}
 
 extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
                                      int32_t* cuda_error) {
@@ -453,9 +596,9 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) {
-    const CombineKernel k = kernel_for(args->group.hidden);
+    const CombineKernel& k = kernel_for(*args, grid);
     k.kernel<<<grid, k.threads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(
-        *args);
+        *args, Plan(args->group, k.lines, k.threads / 32 * grid));
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

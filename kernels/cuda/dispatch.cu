@@ -9,6 +9,12 @@
 //   placers   count the entries before the block's tokens, then take rows' lines as they arrive and
 //             copy them to the rows' experts; so does every warp that has done its own task.
 // The last block tells every rank its counts.
+//
+// With few tokens the time is that of dependent instructions: a warp does one in about ten cycles,
+// and a branch or a parameter's first use costs as much as ten of them. So each task is one stretch
+// of code, has done all that it can before it waits, and waits only for what it needs.
+
+#include <cuda_bf16.h>
 
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
@@ -28,43 +34,46 @@ constexpr uint32_t kThreads = 32 * (kFirstReader + kReaderWarps);
 constexpr uint32_t kReaders = 32 * kReaderWarps;
 constexpr uint32_t kSenders = 32 * kSenderWarps;
 constexpr uint32_t kPlacers = 32 * kPlacerWarps;
-constexpr uint32_t kSendersAndRouter = kSenders + 32;
-constexpr uint32_t kSendersRouterAndPlacers = kSendersAndRouter + kPlacers;
 
 // Named barriers.
-constexpr uint32_t kCountBarrier = 1;    // placers
+constexpr uint32_t kSendBarrier = 1;     // senders
 constexpr uint32_t kReadBarrier = 2;     // readers
-constexpr uint32_t kCountedBarrier = 3;  // senders, router and placers
-constexpr uint32_t kReadyBarrier = 4;    // senders and the router
+constexpr uint32_t kCountedBarrier = 3;  // placers and the router
+constexpr uint32_t kTotalBarrier = 4;    // placers
+constexpr uint32_t kPlacersAndRouter = kPlacers + 32;
 
 constexpr uint32_t kPlaces = 2;  // for tokens that are quantised, routed and sent, in turn
 constexpr uint32_t kLoads = 2;   // line loads in flight per lane and unit of placing
 constexpr uint32_t kUnitLines = kLoads * kLinesPerWarp;
+constexpr uint32_t kDestinations = 4;  // whose addresses are looked up at once
 constexpr uint32_t kNowhere = ~0u;
 constexpr uint32_t kChannelsPerScale = 128;
 
+// What tasks tell each other. The barriers are for others to wait at.
 struct Fixed {
   uint64_t send_epoch;
   uint64_t recv_epoch;
-  uint32_t most_rows;    // from one source
-  uint32_t units_taken;  // of placing
-  uint64_t placeable;    // barrier: readers arrive once `begin`, `source_rows` and `most_rows` are
-                         // complete
+  uint64_t known;            // the epochs and `partners`
+  uint64_t routed[kPlaces];  // a token: `row_base` and `header`
+  uint64_t sent[kPlaces];    // a token: its place is free again
+  uint64_t placeable;        // `begin`, `source_rows` and `most_rows`
+  uint32_t most_rows;        // from one source
+  uint32_t units_taken;      // of placing
 };
 
 // Offsets of what a block keeps in its dynamic shared memory.
 struct Shared {
-  uint32_t fixed;         // Fixed
-  uint32_t partners;      // u64 [R] bases of the ranks that take part, else 0
-  uint32_t source_rows;   // u32 [R] rows from each source
-  uint32_t begin;         // u32 [L][R + 1] first row of each source
-  uint32_t rank_rows;     // u32 [R] rows for each rank so far
-  uint32_t expert_rows;   // u32 [E] entries of each expert so far
-  uint32_t destinations;  // u32 [kPlaces] how many
-  uint32_t row_base;      // u64 [kPlaces][D] where a token's row goes at each of them, or 0
-  uint32_t header;        // u64 [kPlaces][D][1 + K]
-  uint32_t scales;        // u32 [kPlaces][scale_stride]
-  uint32_t body;          // u8 [kPlaces][H] quantised rows
+  uint32_t fixed;        // Fixed
+  uint32_t partners;     // u64 [R] bases of the ranks that take part, else 0
+  uint32_t source_rows;  // u32 [R] rows from each source
+  uint32_t begin;        // u32 [L][R + 1] first row of each source
+  uint32_t rank_rows;    // u32 [R] rows for each rank so far
+  uint32_t expert_rows;  // u32 [E] entries of each expert so far
+  uint32_t totals;       // both again, for all tokens
+  uint32_t row_base;     // u64 [kPlaces][D] where a token's row goes at each destination, or 0
+  uint32_t header;       // u64 [kPlaces][D][1 + K]
+  uint32_t scales;       // u32 [kPlaces][scale_stride]
+  uint32_t body;         // u8 [kPlaces][H] quantised rows
   uint32_t bytes;
 
   Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
@@ -75,8 +84,8 @@ struct Shared {
     begin = align16(source_rows + 4 * g.num_ranks);
     rank_rows = align16(begin + 4 * (g.num_experts / g.num_ranks) * (g.num_ranks + 1));
     expert_rows = align16(rank_rows + 4 * g.num_ranks);
-    destinations = align16(expert_rows + 4 * g.num_experts);
-    row_base = align16(destinations + 4 * kPlaces);
+    totals = align16(expert_rows + 4 * g.num_experts);
+    row_base = totals + (totals - rank_rows);
     header = row_base + 8 * kPlaces * d;
     scales = align16(header + 8 * kPlaces * d * (1 + top_k));
     body = scales + (fp8 ? kPlaces * 4 * scale_stride(hidden) : 0);
@@ -87,8 +96,10 @@ struct Shared {
   static __host__ __device__ uint32_t scale_stride(uint32_t hidden) {
     return (hidden / kChannelsPerScale + 3) & ~3u;
   }
+  // Of a token, and how many of them senders look up before they store to the first.
   static __host__ __device__ uint32_t max_destinations(const ep_group& g, uint32_t top_k) {
-    return top_k < g.num_ranks ? top_k : g.num_ranks;
+    const uint32_t d = top_k < g.num_ranks ? top_k : g.num_ranks;
+    return (d + kDestinations - 1) / kDestinations * kDestinations;
   }
 };
 
@@ -99,37 +110,44 @@ __device__ __forceinline__ T* shared_at(uint32_t offset) {
   return reinterpret_cast<T*>(shared_memory + offset);
 }
 
-// Division by a number that does not change during a launch. Exact for dividends and divisors whose
-// product is below 2^31.
-struct Divisor {
-  uint32_t value;
-  uint32_t inverse;  // ceil(2^31 / value)
-  explicit Divisor(uint32_t v) : value(v), inverse((0x7fffffffu + v) / v) {}
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
-    return __umulhi(2 * n, inverse);
-  }
+// The ids that a placer has at a time: all of one token's where these are few, else one.
+struct PlacerIds {
+  static constexpr uint32_t kMost = 8;
+  int64_t id[kMost];
 };
+
+// Whether a lane counts whole tokens. It then knows by itself which entries repeat others, which
+// takes a tenth of the instructions of looking at other lanes' entries.
+__host__ __device__ __forceinline__ bool lanes_count_tokens(const ep_group& g, uint32_t top_k) {
+  return top_k <= PlacerIds::kMost && g.num_ranks <= 32;
+}
 
 // What the host works out once for all blocks.
 struct Plan {
   Shared shared;
   Divisor local_experts;
   Divisor packets_per_source;
-  uint32_t entry_shift;       // log2 of the lanes that look at one token's entries
-  uint32_t tokens_per_block;  // or 1, where blocks share a token's destinations:
-  uint32_t blocks_per_token;  // each takes every `blocks_per_token`th
+  Divisor blocks_per_token;  // more than 1 where blocks share a token's destinations
+  uint32_t tokens_per_block;
+  uint32_t entry_shift;  // log2 of the lanes that look at one token's entries
+  bool whole_tokens;     // a placer's lane counts whole tokens
+  uint32_t last_block;
   Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
       : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
         local_experts(a.group.num_experts / a.group.num_ranks),
-        packets_per_source(local_experts.value + 1), entry_shift(0),
-        tokens_per_block(div_up(a.handle.num_tokens, grid)), blocks_per_token(1) {
+        packets_per_source(local_experts.value + 1), blocks_per_token(sharing(a, grid)),
+        tokens_per_block(div_up(a.handle.num_tokens, grid)), entry_shift(0),
+        whole_tokens(lanes_count_tokens(a.group, a.handle.top_k)), last_block(grid - 1) {
     while ((1u << entry_shift) < a.handle.top_k) ++entry_shift;
-    // One multiprocessor alone stores far slower than the links.
+  }
+
+  // One multiprocessor alone stores far slower than the links.
+  static uint32_t sharing(const ep_dispatch_args& a, uint32_t grid) {
     const uint32_t tokens = a.handle.num_tokens;
-    if (tokens != 0 && 2 * tokens <= grid) {
-      const uint32_t d = Shared::max_destinations(a.group, a.handle.top_k);
-      blocks_per_token = grid / tokens < d ? grid / tokens : d;
-    }
+    if (tokens == 0 || 2 * tokens > grid) return 1;
+    const uint32_t k = a.handle.top_k;
+    const uint32_t d = k < a.group.num_ranks ? k : a.group.num_ranks;
+    return grid / tokens < d ? grid / tokens : d;
   }
 };
 
@@ -236,49 +254,79 @@ __device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, uint32
 
 __device__ __forceinline__ uint32_t placer() { return threadIdx.x - kSenders; }
 
-// The expert of the entry that a placer looks at when the warps' tokens begin at `base`.
-template <class P>
-__device__ __forceinline__ uint32_t load_expert(const P& p, const EntryLane& e, uint32_t base,
-                                                uint32_t to) {
-  const uint32_t t = base + placer() / 32 * e.tokens_per_warp() + e.token;
-  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
-  return expert_of(p, t < to && e.k < p.a.handle.top_k ? ids[uint64_t{t} * p.a.handle.top_k + e.k]
-                                                       : -1);
-}
-
-// Adds the entries of tokens [0, to) to the running counts; `first` is load_expert at 0. All
-// placers.
-template <class P>
-__device__ __forceinline__ void count_entries(const P& p, const Shared& s, const EntryLane& e,
-                                              uint32_t first, uint32_t to) {
-  const uint32_t step = kPlacerWarps * e.tokens_per_warp();
-  constexpr uint32_t kAhead = 3;
-  uint32_t next[kAhead];
-#pragma unroll
-  for (uint32_t i = 0; i < kAhead; ++i)
-    next[i] = step < to ? load_expert(p, e, (i + 1) * step, to) : kNowhere;
-  uint32_t expert = first;
-#pragma unroll 1
-  for (uint32_t base = 0; base < to; base += step) {
-    // `first` may have been loaded beyond `to`.
-    const bool counts = base + placer() / 32 * e.tokens_per_warp() + e.token < to;
-    const Entry entry = classify(p, e, counts ? expert : kNowhere);
-    expert = next[0];
-#pragma unroll
-    for (uint32_t i = 1; i < kAhead; ++i) next[i - 1] = next[i];
-    next[kAhead - 1] = load_expert(p, e, base + (kAhead + 1) * step, to);
-    if (entry.valid) atomicAdd(&shared_at<uint32_t>(s.expert_rows)[entry.expert], 1);
-    if (entry.leads) atomicAdd(&shared_at<uint32_t>(s.rank_rows)[entry.owner], 1);
+// Where entries are counted: running counts begin at `rank_rows`, those of all tokens at `totals`.
+struct Counts {
+  uint32_t* rank_rows;
+  uint32_t* expert_rows;
+  __device__ __forceinline__ Counts(const Shared& s, uint32_t at)
+      : rank_rows(shared_at<uint32_t>(at)),
+        expert_rows(shared_at<uint32_t>(at + s.expert_rows - s.rank_rows)) {}
+  __device__ __forceinline__ void add(bool valid, uint32_t expert, bool leads,
+                                      uint32_t owner) const {
+    if (valid) atomicAdd(&expert_rows[expert], 1);
+    if (leads) atomicAdd(&rank_rows[owner], 1);
   }
+};
+
+// How many tokens placers look at together.
+template <class P>
+__device__ __forceinline__ uint32_t tokens_at_once(const P& p) {
+  return p.plan.whole_tokens ? kPlacers
+                             : kPlacerWarps * EntryLane(p.plan.entry_shift).tokens_per_warp();
 }
 
-__device__ __forceinline__ void clear_counts(const Shared& s, const ep_group& g) {
+// What a placer looks at when the placers' tokens begin at `base`; -1 from token `to` on.
+template <class P>
+__device__ __forceinline__ PlacerIds load_ids(const P& p, uint32_t base, uint32_t to) {
+  const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
+  const uint32_t top_k = p.a.handle.top_k;
+  PlacerIds of;
+  if (p.plan.whole_tokens) {
+    const uint32_t t = base + placer();
+#pragma unroll
+    for (uint32_t k = 0; k < PlacerIds::kMost; ++k)
+      of.id[k] = t < to && k < top_k ? ids[uint64_t{t} * top_k + k] : -1;
+  } else {
+    const EntryLane e(p.plan.entry_shift);
+    const uint32_t t = base + placer() / 32 * e.tokens_per_warp() + e.token;
+    of.id[0] = t < to && e.k < top_k ? ids[uint64_t{t} * top_k + e.k] : -1;
+  }
+  return of;
+}
+
+// Counts the entries of tokens [from, to): with the running counts, the totals or both. `ids` is
+// load_ids at `from`. All placers.
+template <class P>
+__device__ __forceinline__ void count_entries(const P& p, const Shared& s, bool running, bool total,
+                                              PlacerIds ids, uint32_t from, uint32_t to) {
+  const uint32_t step = tokens_at_once(p);
+  const Counts so_far(s, s.rank_rows);
+  const Counts all(s, s.totals);
 #pragma unroll 1
-  for (uint32_t i = placer(); i < g.num_ranks; i += kPlacers)
-    shared_at<uint32_t>(s.rank_rows)[i] = 0;
-#pragma unroll 1
-  for (uint32_t i = placer(); i < g.num_experts; i += kPlacers)
-    shared_at<uint32_t>(s.expert_rows)[i] = 0;
+  for (uint32_t base = from; base < to; base += step) {
+    const PlacerIds of = ids;
+    if (base + step < to) ids = load_ids(p, base + step, to);
+    if (p.plan.whole_tokens) {
+      uint32_t expert[PlacerIds::kMost];
+      uint32_t owners = 0;
+#pragma unroll
+      for (uint32_t k = 0; k < PlacerIds::kMost; ++k) {
+        expert[k] = expert_of(p, of.id[k]);
+        bool valid = expert[k] != kNowhere;
+#pragma unroll
+        for (uint32_t j = 0; j < k; ++j) valid &= expert[j] != expert[k];
+        const uint32_t owner = p.plan.local_experts.quotient(expert[k]);
+        const bool leads = valid && (owners >> (owner % 32) & 1) == 0;
+        if (leads) owners |= 1u << owner % 32;
+        if (running) so_far.add(valid, expert[k], leads, owner);
+        if (total) all.add(valid, expert[k], leads, owner);
+      }
+    } else {
+      const Entry e = classify(p, EntryLane(p.plan.entry_shift), expert_of(p, of.id[0]));
+      if (running) so_far.add(e.valid, e.expert, e.leads, e.owner);
+      if (total) all.add(e.valid, e.expert, e.leads, e.owner);
+    }
+  }
 }
 
 // Tells every rank how many rows it gets, and how many of them go to each of its experts. All
@@ -287,17 +335,18 @@ template <class P>
 __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const Divisor& per_rank = p.plan.packets_per_source;
+  const Counts totals(s, s.totals);
+  const uint64_t mine = p.counts_at(0, g.rank, epoch);
 #pragma unroll 1
   for (uint32_t i = placer(); i < g.num_ranks * per_rank.value; i += kPlacers) {
     const uint32_t rank = per_rank.quotient(i);
     const uint32_t at = i - rank * per_rank.value;
     const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
-    if (partner == 0) continue;
-    const uint32_t value =
-        at == 0 ? shared_at<uint32_t>(s.rank_rows)[rank]
-                : shared_at<uint32_t>(s.expert_rows)[rank * p.plan.local_experts.value + at - 1];
-    arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(p.counts_at(partner, g.rank, epoch)) + at,
-                             packet(value, epoch));
+    const uint32_t value = at == 0 ? totals.rank_rows[rank]
+                                   : totals.expert_rows[rank * p.plan.local_experts.value + at - 1];
+    if (partner != 0)
+      arch::st_relaxed_sys_u64(reinterpret_cast<uint64_t*>(partner + mine) + at,
+                               packet(value, epoch));
   }
 }
 
@@ -309,8 +358,8 @@ struct Chunk {
   uint32_t first;
   uint32_t stride;
   template <class P>
-  __device__ __forceinline__ explicit Chunk(const P& p) : stride(p.plan.blocks_per_token) {
-    const uint32_t token = stride == 1 ? blockIdx.x : blockIdx.x / stride;
+  __device__ __forceinline__ explicit Chunk(const P& p) : stride(p.plan.blocks_per_token.value) {
+    const uint32_t token = p.plan.blocks_per_token.quotient(blockIdx.x);
     first = blockIdx.x - token * stride;
     from = min(token * p.plan.tokens_per_block, p.a.handle.num_tokens);
     to = min(from + p.plan.tokens_per_block, p.a.handle.num_tokens);
@@ -320,15 +369,15 @@ struct Chunk {
 
 // A lane's entry as it stands in memory.
 struct RouterLoad {
-  uint32_t expert;
-  float weight;
+  int64_t id = -1;
+  float weight = 1.0f;
+  __device__ __forceinline__ RouterLoad() {}
   template <class P>
-  __device__ __forceinline__ RouterLoad(const P& p, const Chunk& chunk, uint32_t token)
-      : expert(kNowhere), weight(1.0f) {
+  __device__ __forceinline__ RouterLoad(const P& p, const Chunk& chunk, uint32_t token) {
     const uint32_t lane = threadIdx.x % 32;
     const uint64_t at = uint64_t{token} * p.a.handle.top_k + lane;
     if (token >= chunk.to || lane >= p.a.handle.top_k) return;
-    expert = expert_of(p, reinterpret_cast<const int64_t*>(p.a.topk_idx)[at]);
+    id = reinterpret_cast<const int64_t*>(p.a.topk_idx)[at];
     if ((p.a.flags & EP_DISPATCH_WEIGHTS) != 0)
       weight = reinterpret_cast<const float*>(p.a.topk_weights)[at];
   }
@@ -336,9 +385,11 @@ struct RouterLoad {
 
 // A lane's entry of a token that the router routes, as far as the token alone tells.
 struct Routed {
-  Entry entry = {};    // `same`: valid ones only
-  uint32_t index = 0;  // of the destination
-  float weight = 1.0f;
+  int64_t id;
+  Entry entry;           // `same`: valid ones only
+  uint32_t destination;  // index of its own
+  uint32_t destinations;
+  float weight;
 };
 
 // Destinations are in the order of ranks after this one, so that at any time ranks send to
@@ -347,22 +398,25 @@ template <class P>
 __device__ __forceinline__ Routed order_entries(const P& p, const RouterLoad& load) {
   const ep_group& g = p.a.group;
   Routed r;
-  r.entry = classify(p, EntryLane(5), load.expert);
+  r.id = load.id;
   r.weight = load.weight;
+  r.entry = classify(p, EntryLane(5), expert_of(p, load.id));
   r.entry.same &= __ballot_sync(~0u, r.entry.valid);
+  r.destinations = __popc(__ballot_sync(~0u, r.entry.leads));
+  r.destination = 0;
   const uint32_t owner = r.entry.owner;
   const uint32_t turn = owner > g.rank ? owner - g.rank - 1 : owner + g.num_ranks - g.rank - 1;
 #pragma unroll 1
   for (uint32_t base = 0; base < g.num_ranks; base += 32) {
     const uint32_t at = turn - base;
     const uint32_t taken = __reduce_or_sync(~0u, r.entry.leads && at < 32 ? 1u << at : 0);
-    r.index += __popc(turn < base ? 0 : at < 32 ? taken & ((1u << at) - 1) : taken);
+    r.destination += __popc(turn < base ? 0 : at < 32 ? taken & ((1u << at) - 1) : taken);
   }
   return r;
 }
 
-// Routes one token: slots, positions, header and destinations, left at `place` for the senders.
-// One warp. Returns what combine has to know of the lane's entry.
+// Routes one token: slots, positions and headers, left at `place` for the senders. One warp.
+// Returns what combine has to know of the lane's entry.
 template <class P>
 __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uint64_t epoch,
                                                 uint32_t token, uint32_t place, const Routed& r) {
@@ -379,37 +433,38 @@ __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uin
   if (entry.leads) *rank_rows = slot + 1;
   if (entry.valid) *expert_rows = position + 1;
   slot = __shfl_sync(~0u, slot, __ffs(entry.same) - 1);
-  const uint32_t at = place * Shared::max_destinations(g, top_k) + r.index;
+  const uint32_t first = place * Shared::max_destinations(g, top_k);
+  const uint32_t at = first + r.destination;
   uint64_t* header = shared_at<uint64_t>(s.header) + at * (1 + top_k);
+  uint64_t* row_base = shared_at<uint64_t>(s.row_base);
   if (entry.valid)
     header[1 + __popc(entry.same & ((1u << lane) - 1))] =
         uint64_t{__float_as_uint(r.weight)} << 32 | position << 16 | lane << 11 |
         (entry.expert - owner * p.plan.local_experts.value);
   if (entry.leads) {
     header[0] = uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token;
-    shared_at<uint64_t>(s.row_base)[at] =
+    row_base[at] =
         partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride;
   }
-  const uint32_t destinations = __popc(__ballot_sync(~0u, entry.leads));
-  if (lane == 0) shared_at<uint32_t>(s.destinations)[place] = destinations;
+  if (lane >= r.destinations && lane < Shared::max_destinations(g, top_k))
+    row_base[first + lane] = 0;
   return entry.valid && partner != 0 ? owner << 16 | slot : kNowhere;
 }
 
 // What the router leaves in memory: off the path of the senders.
 template <class P>
 __device__ __forceinline__ void keep_route(const P& p, uint64_t epoch, uint32_t token,
-                                           const Entry& entry, uint32_t route) {
+                                           const Routed& r, uint32_t route) {
   const ep_group& g = p.a.group;
+  const Entry& entry = r.entry;
   const uint32_t lane = threadIdx.x % 32;
   if (lane >= p.a.handle.top_k) return;
   reinterpret_cast<uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + lane] = route;
   if (route != kNowhere) return;
-  const int64_t id =
-      reinterpret_cast<const int64_t*>(p.a.topk_idx)[uint64_t{token} * p.a.handle.top_k + lane];
-  if (!entry.valid && id != -1) [[unlikely]]
+  if (!entry.valid && r.id != -1) [[unlikely]]
     record_fault(g, kDispatchSend, epoch,
                  entry.expert == kNowhere ? EP_FAULT_EXPERT_RANGE : EP_FAULT_EXPERT_REPEATED,
-                 EP_PHASE_SEND, g.rank, token, id);
+                 EP_PHASE_SEND, g.rank, token, r.id);
   if (entry.leads && peer_base(g, entry.owner) == 0) [[unlikely]]
     record_peer_fault(g, kDispatchSend, epoch, EP_FAULT_UNREACHABLE, EP_PHASE_SEND, entry.owner,
                       token, 0);
@@ -429,6 +484,10 @@ __device__ __forceinline__ Scale scale_of(float amax, bool pow2) {
   const uint32_t exponent = (bits >> 23) + ((bits & 0x7fffffu) != 0);
   const float inverse = __uint_as_float(exponent << 23);
   return {__frcp_rn(inverse), inverse};
+}
+
+__device__ __forceinline__ __nv_bfloat162 bf16x2(uint32_t v) {
+  return *reinterpret_cast<const __nv_bfloat162*>(&v);
 }
 
 __device__ __forceinline__ float2 bf16x2_to_float2(uint32_t v) {
@@ -462,14 +521,13 @@ __device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t t
     const Group16 in = base == 0 ? first : load_group(p, token, i);
     const uint32_t word[8] = {in.half[0].x, in.half[0].y, in.half[0].z, in.half[0].w,
                               in.half[1].x, in.half[1].y, in.half[1].z, in.half[1].w};
-    float amax = 0.0f;
+    // Largest magnitudes of even and of odd channels, side by side.
+    __nv_bfloat162 most = {};
 #pragma unroll
-    for (uint32_t w : word) {
-      const float2 f = bf16x2_to_float2(w);
-      amax = fmaxf(amax, fmaxf(fabsf(f.x), fabsf(f.y)));
-    }
+    for (uint32_t w : word) most = __hmax2(most, __habs2(bf16x2(w)));
 #pragma unroll
-    for (int mask = 4; mask != 0; mask /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, mask));
+    for (int mask = 4; mask != 0; mask /= 2) most = __hmax2(most, __shfl_xor_sync(~0u, most, mask));
+    const float amax = fmaxf(__low2float(most), __high2float(most));
     const Scale scale = scale_of(amax, pow2);
     uint32_t q[4];
 #pragma unroll
@@ -492,11 +550,12 @@ __device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t t
   }
 }
 
-// The piece of a line that this lane carries, from the token's row.
+// The piece of a line that this lane carries, from the token's row; the last still without its
+// epoch.
 template <bool FP8, class P>
 __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, const uint8_t* body,
                                           const uint32_t* scales, uint32_t line,
-                                          const LaneInLine& lane, uint64_t epoch) {
+                                          const LaneInLine& lane) {
   if (!lane.last()) {
     const uint32_t unit = 7 * line + lane.piece;
     if (unit >= shape.whole()) return {};
@@ -510,15 +569,14 @@ __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, con
     if (at < 16 * shape.body)
       data = FP8 ? *reinterpret_cast<const uint2*>(body + at) : arch::ld_stream_v2(body + at);
   }
-  return seal(data, epoch);
+  return {data.x, data.y, 0, 0};
 }
 
-// A token's row on its way: pieces of lines, some loaded ahead.
+// A token's row on its way: the first pieces of lines are loaded before it is known where they go.
 template <bool FP8>
 struct Sending {
   static constexpr uint32_t kStep = kSenderWarps * kLinesPerWarp;
-  // bf16 rows come from memory, FP8 rows from shared memory.
-  static constexpr uint32_t kAhead = FP8 ? 1 : 3;
+  static constexpr uint32_t kAhead = FP8 ? 2 : 3;
   uint4 piece[kAhead];
 
   static __device__ __forceinline__ uint32_t first_line() {
@@ -526,7 +584,7 @@ struct Sending {
   }
   template <class P>
   __device__ __forceinline__ void load(const P& p, const Shared& s, uint32_t token, uint32_t place,
-                                       uint32_t first, uint64_t epoch) {
+                                       uint32_t first) {
     const LaneInLine lane;
     const RowShape shape = p.row();
     const uint8_t* body =
@@ -537,15 +595,13 @@ struct Sending {
 #pragma unroll
     for (uint32_t n = 0; n < kAhead; ++n) {
       const uint32_t line = first + n * kStep + lane.line;
-      if (line < shape.lines()) piece[n] = piece_of<FP8>(p, shape, body, scales, line, lane, epoch);
+      if (line < shape.lines()) piece[n] = piece_of<FP8>(p, shape, body, scales, line, lane);
     }
   }
-  // Stores the token, which is quantised and routed, to the chunk's destinations; of a bf16 row the
-  // first pieces are loaded already.
+  // Stores the token, which is routed, to the chunk's destinations; its first pieces are loaded.
   template <class P>
   __device__ __forceinline__ void store(const P& p, const Shared& s, const Chunk& chunk,
-                                        uint32_t token, uint32_t place, uint64_t epoch) {
-    constexpr uint32_t kDestinations = 4;  // looked up before the first is stored to
+                                        uint32_t token, uint32_t place) {
     const LaneInLine lane;
     const uint32_t top_k = p.a.handle.top_k;
     const uint32_t max_destinations = Shared::max_destinations(p.a.group, top_k);
@@ -553,16 +609,20 @@ struct Sending {
     const uint32_t offset = lane.line * kLine + lane.piece * 16;
     const uint32_t lines = p.row().lines();
     const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
-    const uint32_t destinations = shared_at<uint32_t>(s.destinations)[place];
+    const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
 #pragma unroll 1
     for (uint32_t first = first_line(); first < lines; first += kAhead * kStep) {
-      if (FP8 || first != first_line()) load(p, s, token, place, first, epoch);
+      if (first != first_line()) load(p, s, token, place, first);
+#pragma unroll
+      for (uint32_t n = 0; n < kAhead; ++n)
+        if (lane.last()) piece[n] = seal({piece[n].x, piece[n].y}, epoch);
 #pragma unroll 1
-      for (uint32_t d = chunk.first; d < destinations; d += kDestinations * chunk.stride) {
+      for (uint32_t d = chunk.first; d < max_destinations; d += kDestinations * chunk.stride) {
         uint64_t row[kDestinations];
 #pragma unroll
         for (uint32_t n = 0; n < kDestinations; ++n)
-          row[n] = d + n * chunk.stride < destinations ? row_base[d + n * chunk.stride] : 0;
+          row[n] = d + n * chunk.stride < max_destinations ? row_base[d + n * chunk.stride] : 0;
+        __syncwarp();  // the lanes of a line store together
 #pragma unroll
         for (uint32_t n = 0; n < kDestinations; ++n) {
           uint8_t* to =
@@ -577,106 +637,108 @@ struct Sending {
     // Headers; the last warps have the fewest lines.
     const uint32_t turn = kSenderWarps - 1 - threadIdx.x / 32;
 #pragma unroll 1
-    for (uint32_t d = chunk.first + turn * chunk.stride; d < destinations;
+    for (uint32_t d = chunk.first + turn * chunk.stride; d < max_destinations;
          d += kSenderWarps * chunk.stride) {
       const uint64_t* header =
           shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
+      if (row_base[d] == 0) continue;
       const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
-      if (lane.line < header_lines && row_base[d] != 0) {
-        const uint32_t unit = lane.line * 15 + lane.piece * 2;
-        const uint64_t lo = unit <= entries ? header[unit] : 0;
-        const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
-        const uint2 half = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
-        const uint4 v = lane.last() ? seal(half, epoch)
-                                    : uint4{half.x, half.y, static_cast<uint32_t>(hi),
-                                            static_cast<uint32_t>(hi >> 32)};
+      const uint32_t unit = lane.line * 15 + lane.piece * 2;
+      const uint64_t lo = unit <= entries ? header[unit] : 0;
+      const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
+      const uint2 half = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
+      const uint4 v = lane.last() ? seal(half, epoch)
+                                  : uint4{half.x, half.y, static_cast<uint32_t>(hi),
+                                          static_cast<uint32_t>(hi >> 32)};
+      __syncwarp();
+      if (lane.line < header_lines)
         arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, v);
-      }
     }
   }
 };
 
-// What a task has before the block meets: all that needs no other warp.
-struct Early {
-  uint32_t expert;     // a placer's: of the entry that it counts first
-  Group16 x;           // a sender's channels of the first token
-  Routed routed = {};  // the router's entry of the first token
-};
+// Clears shared memory from one offset to another, both multiples of 16. All placers.
+__device__ __forceinline__ void clear(uint32_t from, uint32_t to) {
+#pragma unroll 1
+  for (uint32_t i = from + 16 * placer(); i < to; i += 16 * kPlacers) *shared_at<uint4>(i) = {};
+}
+
+// Waits for the `n`th completion of a barrier, counted from 0. One warp.
+__device__ __forceinline__ void await(const uint64_t* barrier, uint32_t n) {
+  arch::mbarrier_wait_acquire_cta(barrier, n & 1);
+  __syncwarp();
+}
 
 // Whether this block tells the ranks their counts: the one that most often has no token.
-__device__ __forceinline__ bool tells_counts() { return blockIdx.x == gridDim.x - 1; }
-
 template <class P>
-__device__ __forceinline__ void begin_count(const P& p, const Shared& s, const Chunk& chunk,
-                                            Early* early) {
-  early->expert = load_expert(p, EntryLane(p.plan.entry_shift), 0,
-                              tells_counts() ? p.a.handle.num_tokens : chunk.from);
-  clear_counts(s, p.a.group);
-  // The scales of a row may end within a piece of a line.
-#pragma unroll 1
-  for (uint32_t i = s.scales + 4 * placer(); i < s.body; i += 4 * kPlacers)
-    *shared_at<uint32_t>(i) = 0;
+__device__ __forceinline__ bool tells_counts(const P& p) {
+  return blockIdx.x == p.plan.last_block;
 }
 
-// The placers' task while nothing has arrived.
+// The placers' task while nothing has arrived: the entries before the block's tokens, and in one
+// block those of all tokens. `first` is load_ids at 0.
 template <class P>
 __device__ __forceinline__ void count(const P& p, const Shared& s, const Chunk& chunk,
-                                      const Early& early) {
+                                      const PlacerIds& first) {
   Fixed* fixed = shared_at<Fixed>(s.fixed);
-  const EntryLane e(p.plan.entry_shift);
-  if (tells_counts()) {
-    count_entries(p, s, e, early.expert, p.a.handle.num_tokens);
-    arch::bar_sync(kCountBarrier, kPlacers);
-    send_counts(p, s, fixed->send_epoch);
-    if (chunk.size() == 0) return;
-    arch::bar_sync(kCountBarrier, kPlacers);
-    clear_counts(s, p.a.group);
-    arch::bar_sync(kCountBarrier, kPlacers);
-  }
-  if (chunk.from == 0 || chunk.size() == 0) return;
-  count_entries(p, s, e, early.expert, chunk.from);
+  const uint32_t tokens = p.a.handle.num_tokens;
+  const bool total = tells_counts(p);
+  const bool running = chunk.size() != 0;
+  // Of a block that has no token, chunk.from is the number of tokens.
+  if (running || total) count_entries(p, s, running, total, first, 0, chunk.from);
+  if (running) arch::bar_sync(kCountedBarrier, kPlacersAndRouter);
+  if (!total) return;
+  if (running)
+    count_entries(p, s, false, true, load_ids(p, chunk.from, tokens), chunk.from, tokens);
+  arch::bar_sync(kTotalBarrier, kPlacers);
+  await(&fixed->known, 0);
+  send_counts(p, s, fixed->send_epoch);
 }
 
-enum class Task { kSend, kRoute, kPlace, kRead };
-
-// What senders, router and placers do with the block's tokens. The placers count what came before;
-// senders and router then take token by token: quantise and route, meet, send and keep the route.
-// They meet once for each token: behind the barrier nobody reads any more what the token before had
-// in shared memory. All pass the same barriers.
-template <uint32_t H, bool FP8>
-__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, const Chunk& chunk,
-                                     const Early& early, Task task) {
-  const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
-  if (task == Task::kPlace) count(p, s, chunk, early);
-  Group16 x = early.x;
-  Routed routed = early.routed;
+// The router's task.
+template <class P>
+__device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& chunk,
+                                      RouterLoad next) {
+  if (chunk.size() == 0) return;
+  Fixed* fixed = shared_at<Fixed>(s.fixed);
+  Routed routed = order_entries(p, next);
+  await(&fixed->known, 0);
+  const uint64_t epoch = fixed->send_epoch;
+  arch::bar_sync(kCountedBarrier, kPlacersAndRouter);
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t token = chunk.from + i;
     const uint32_t place = i % kPlaces;
-    const bool more = i + 1 < chunk.size();
-    Sending<FP8> sending;
-    if (task == Task::kSend) {
-      if (FP8) {
-        quantise(p, s, token, place, x);
-        if (more) x = load_group(p, token + 1, threadIdx.x);
-      } else {
-        sending.load(p, s, token, place, sending.first_line(), epoch);
-      }
-    }
-    if (i == 0 && chunk.from != 0) arch::bar_sync(kCountedBarrier, kSendersRouterAndPlacers);
-    if (task == Task::kPlace) break;
-    uint32_t kept = kNowhere;
-    if (task == Task::kRoute) kept = route_token(p, s, epoch, token, place, routed);
-    arch::bar_sync(kReadyBarrier, kSendersAndRouter);
-    if (task == Task::kSend) {
-      sending.store(p, s, chunk, token, place, epoch);
-      continue;
-    }
-    const RouterLoad next(p, chunk, token + 1);
+    if (i >= kPlaces) await(&fixed->sent[place], i / kPlaces - 1);
+    const uint32_t kept = route_token(p, s, epoch, token, place, routed);
+    arch::mbarrier_arrive_release_cta(&fixed->routed[place]);
+    next = RouterLoad(p, chunk, token + 1);
     // Of the blocks that share a token, one keeps its route.
-    if (chunk.first == 0) keep_route(p, epoch, token, routed.entry, kept);
-    if (more) routed = order_entries(p, next);
+    if (chunk.first == 0) keep_route(p, epoch, token, routed, kept);
+    if (i + 1 < chunk.size()) routed = order_entries(p, next);
+  }
+}
+
+// The senders' task. Of FP8, `x` is the thread's load_group of the first token.
+template <uint32_t H, bool FP8>
+__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, const Chunk& chunk,
+                                     Group16 x) {
+  Fixed* fixed = shared_at<Fixed>(s.fixed);
+#pragma unroll 1
+  for (uint32_t i = 0; i < chunk.size(); ++i) {
+    const uint32_t token = chunk.from + i;
+    const uint32_t place = i % kPlaces;
+    if (FP8) {
+      quantise(p, s, token, place, x);
+      if (i + 1 < chunk.size()) x = load_group(p, token + 1, threadIdx.x);
+      // Behind it the place before is free too: everybody has read what it needed there.
+      arch::bar_sync(kSendBarrier, kSenders);
+    }
+    Sending<FP8> row;
+    row.load(p, s, token, place, row.first_line());
+    await(&fixed->routed[place], i / kPlaces);
+    row.store(p, s, chunk, token, place);
+    arch::mbarrier_arrive_release_cta(&fixed->sent[place]);
   }
 }
 
@@ -710,14 +772,12 @@ struct Packet {
     return source * static_cast<uint32_t>(p.a.layout.counts_source_stride) +
            at * static_cast<uint32_t>(sizeof(uint64_t));
   }
-  // No source can send more; a wrong value must not lead out of the output.
+  // Where in shared memory its value is kept.
   template <class P>
-  __device__ __forceinline__ void keep(const P& p, const Shared& s, uint32_t value) const {
-    const ep_group& g = p.a.group;
-    uint32_t* to = at == 0
-                       ? shared_at<uint32_t>(s.source_rows) + source
-                       : shared_at<uint32_t>(s.begin) + (at - 1) * (g.num_ranks + 1) + source + 1;
-    *to = min(value, g.max_tokens);
+  __device__ __forceinline__ uint32_t* value(const P& p, const Shared& s) const {
+    return at == 0
+               ? shared_at<uint32_t>(s.source_rows) + source
+               : shared_at<uint32_t>(s.begin) + (at - 1) * (p.a.group.num_ranks + 1) + source + 1;
   }
 };
 
@@ -752,6 +812,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 #pragma unroll 1
   for (uint32_t base = thread; base < packets; base += kReaders * kInFlight) {
     uint32_t from[kInFlight];  // offsets of packets
+    uint32_t* to[kInFlight];
     uint32_t missing = 0;
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
@@ -759,6 +820,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       // A packet beyond the last is read like the first, in vain.
       const Packet packet(p, i < packets ? i : base);
       from[j] = packet.offset(p);
+      to[j] = packet.value(p, s);
       if (i < packets && partners[packet.source] != 0) missing |= 1u << j;
     }
     const uint32_t expected = missing;
@@ -784,17 +846,17 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       if (timed) [[unlikely]]
         add_waits(p, base, doubt ? before : before & ~missing, arch::globaltimer_ns() - began);
     }
+    // No source can send more; a wrong value must not lead out of the output.
 #pragma unroll
-    for (uint32_t j = 0; j < kInFlight; ++j) {
-      const uint32_t i = base + kReaders * j;
-      if (i < packets) Packet(p, i).keep(p, s, value[j]);
-    }
+    for (uint32_t j = 0; j < kInFlight; ++j)
+      if (base + kReaders * j < packets) *to[j] = min(value[j], g.max_tokens);
     if (doubt) [[unlikely]] {
 #pragma unroll 1
       for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
         if ((expected >> j & 1) == 0) continue;
         const Packet packet(p, i);
-        packet.keep(p, s, count_in_doubt(p, epoch, packet.source, own + packet.offset(p)));
+        *packet.value(p, s) =
+            min(count_in_doubt(p, epoch, packet.source, own + packet.offset(p)), g.max_tokens);
       }
     }
   }
@@ -804,15 +866,24 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     uint32_t* row = begin + l * (g.num_ranks + 1);
     uint32_t sum = 0;
     row[0] = 0;
-#pragma unroll 4
-    for (uint32_t r = 1; r <= g.num_ranks; ++r) row[r] = sum += row[r];
+    constexpr uint32_t kAtOnce = 4;
+#pragma unroll 1
+    for (uint32_t r = 1; r <= g.num_ranks; r += kAtOnce) {
+      uint32_t count[kAtOnce];
+#pragma unroll
+      for (uint32_t j = 0; j < kAtOnce; ++j) count[j] = r + j <= g.num_ranks ? row[r + j] : 0;
+#pragma unroll
+      for (uint32_t j = 0; j < kAtOnce; ++j)
+        if (r + j <= g.num_ranks) row[r + j] = sum += count[j];
+    }
   }
-  if (thread < 32) {
+  // The last warp most often has no expert.
+  if (thread >= kReaders - 32) {
     uint32_t most = 0;
 #pragma unroll 1
-    for (uint32_t r = thread; r < g.num_ranks; r += 32) most = max(most, source_rows[r]);
+    for (uint32_t r = thread % 32; r < g.num_ranks; r += 32) most = max(most, source_rows[r]);
     most = __reduce_max_sync(~0u, most);
-    if (thread == 0) shared_at<Fixed>(s.fixed)->most_rows = most;
+    if (thread % 32 == 0) shared_at<Fixed>(s.fixed)->most_rows = most;
   }
   arch::mbarrier_arrive_release_cta(&shared_at<Fixed>(s.fixed)->placeable);
 }
@@ -827,7 +898,7 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   int64_t* total = reinterpret_cast<int64_t*>(p.a.total_count);
   int64_t* range = reinterpret_cast<int64_t*>(p.a.layout_range);
   uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
-  arch::mbarrier_wait_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
+  await(&shared_at<Fixed>(s.fixed)->placeable, 0);
 #pragma unroll 1
   for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders) {
     const uint32_t* at = begin + l * (g.num_ranks + 1);
@@ -843,10 +914,77 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
     recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
 }
 
+// What all tasks need of the control block. One warp.
+struct ControlLoad {
+  uint64_t epoch = 0;    // lane 0: of the send part, lane 1: of the receive part
+  uint64_t partner = 0;  // the lane's rank
+  uint32_t active = 0;
+
+  __device__ __forceinline__ ControlLoad() {}
+  __device__ __forceinline__ ControlLoad(const ep_group& g, const Control& control) {
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane < g.num_ranks) {
+      partner = peer_base(g, lane);
+      active = control.active(lane);
+    }
+    if (lane < 2) epoch = epoch_of(control, lane == 0 ? kDispatchSend : kDispatchRecv);
+  }
+  template <class P>
+  __device__ __forceinline__ void keep(const P& p, const Shared& s, const Control& control) const {
+    const ep_group& g = p.a.group;
+    const uint32_t lane = threadIdx.x % 32;
+    Fixed* fixed = shared_at<Fixed>(s.fixed);
+    uint64_t* partners = shared_at<uint64_t>(s.partners);
+    if (lane == 0) fixed->send_epoch = epoch;
+    if (lane == 1) fixed->recv_epoch = epoch;
+    if (lane < g.num_ranks) partners[lane] = active != 0 ? partner : 0;
+#pragma unroll 1
+    for (uint32_t r = 32 + lane; r < g.num_ranks; r += 32)
+      partners[r] = partner_base(g, control, r);
+    arch::mbarrier_arrive_release_cta(&fixed->known);
+  }
+};
+
 // Whether the readers are done.
 __device__ __forceinline__ bool placeable(const Shared& s) {
   return arch::mbarrier_test_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
 }
+
+// A row's header as a warp reads it: of the first two lines lane i has the i-th 8 bytes, and of a
+// third those of lanes below 16.
+struct Header {
+  uint2 unit = {};
+  uint2 third = {};
+
+  __device__ __forceinline__ void load(const uint8_t* row, uint32_t lines) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint8_t* from = row + 8 * lane;
+    if (lane < 16 * lines) unit = arch::ld_relaxed_sys_v2(from);
+    if (lines > 2 && lane < 16) [[unlikely]]
+      third = arch::ld_relaxed_sys_v2(from + 2 * kLine);
+  }
+  // Whether what this lane has does not stand against the lines' being complete.
+  __device__ __forceinline__ bool is_whole(uint32_t lines, uint64_t epoch) const {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint2 seal = {static_cast<uint32_t>(epoch), static_cast<uint32_t>(epoch >> 32)};
+    if (lane % 16 != 15 || lane >= 16 * lines) return true;
+    return unit.x == seal.x && unit.y == seal.y &&
+           (lines <= 2 || lane != 15 || (third.x == seal.x && third.y == seal.y));
+  }
+  __device__ __forceinline__ uint32_t token() const { return __shfl_sync(~0u, unit.x, 0); }
+  __device__ __forceinline__ uint32_t entries() const { return __shfl_sync(~0u, unit.y, 0); }
+  // Lane e's: entry e. There are 15 units in a line's 16 times 8 bytes.
+  __device__ __forceinline__ uint2 entry(uint32_t lines) const {
+    const uint32_t at = 1 + threadIdx.x % 32;
+    const uint32_t holder = at + at / 15;
+    uint2 e = {__shfl_sync(~0u, unit.x, holder), __shfl_sync(~0u, unit.y, holder)};
+    if (lines > 2) [[unlikely]] {
+      const uint2 far = {__shfl_sync(~0u, third.x, holder), __shfl_sync(~0u, third.y, holder)};
+      if (holder >= 32) e = far;
+    }
+    return e;
+  }
+};
 
 // Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
 // polled before it is known whether the source sends such a row at all.
@@ -862,8 +1000,9 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint8_t* row = reinterpret_cast<const uint8_t*>(
       p.rows_at(shared_at<uint64_t>(s.partners)[g.rank], source, epoch) +
       slot * p.a.layout.row_stride);
-  const uint8_t* from = row + lane.line * kLine + lane.piece * 16;
-  bool certain = placeable(s);
+  const uint32_t thread = threadIdx.x % 32;
+  const uint8_t* from = row + (header_lines + first_line + lane.line) * kLine + lane.piece * 16;
+  bool certain = __all_sync(~0u, placeable(s));
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
   // Load everything at once; while something is missing, watch one epoch only, of the line that is
@@ -871,24 +1010,23 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint32_t unit_lines = min(lines - first_line, kUnitLines);
   const uint8_t* watched =
       row + (header_lines + first_line + unit_lines) * kLine - sizeof(uint64_t);
-  uint4 header = {};
+  Header header;
   uint4 data[kLoads] = {};
   Patience patience;
   bool complete = false;
   bool over = false;
   while (!over) {
-    if (lane.line < header_lines) header = arch::ld_relaxed_sys_v4(from);
+    header.load(row, header_lines);
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i) {
       const uint32_t line = i * kLinesPerWarp;
-      if (line + lane.line < unit_lines)
-        data[i] = arch::ld_relaxed_sys_v4(from + (header_lines + first_line + line) * kLine);
+      if (line + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(from + line * kLine);
     }
-    bool mine = lane.line >= header_lines || sealed(header, epoch);
+    bool mine = true;
 #pragma unroll
     for (uint32_t i = 0; i < kLoads; ++i)
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
-    complete = __all_sync(~0u, mine || !lane.last());
+    complete = __all_sync(~0u, (mine || !lane.last()) && header.is_whole(header_lines, epoch));
     if (complete) break;
     do {
       if (!certain && __all_sync(~0u, placeable(s))) {
@@ -897,24 +1035,18 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
       }
       // Until the readers are done, their patience is what counts.
       if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) [[unlikely]] {
-        if (threadIdx.x % 32 == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
+        if (thread == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
         over = true;
       }
     } while (!over && arch::ld_relaxed_sys_u64(watched) != epoch);
   }
 
   // Lane e has entry e.
-  const uint32_t thread = threadIdx.x % 32;
-  const uint32_t token = __shfl_sync(~0u, header.x, 0);
-  const uint32_t entries = min(__shfl_sync(~0u, header.y, 0), g.max_top_k);
-  const uint32_t unit = 1 + thread;
-  const uint32_t holder = unit / 15 * kLanesPerLine + unit % 15 / 2;
-  const uint2 lower = {__shfl_sync(~0u, header.x, holder), __shfl_sync(~0u, header.y, holder)};
-  const uint2 upper = {__shfl_sync(~0u, header.z, holder), __shfl_sync(~0u, header.w, holder)};
-  const uint2 entry = unit % 15 % 2 != 0 ? upper : lower;
+  const uint2 entry = header.entry(header_lines);
+  const uint32_t entries = min(header.entries(), g.max_top_k);
   const uint32_t expert = entry.x & (EP_MAX_LOCAL_EXPERTS - 1);
   if (!certain) {
-    arch::mbarrier_wait_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
+    await(&shared_at<Fixed>(s.fixed)->placeable, 0);
     __syncwarp();
     if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
   }
@@ -941,41 +1073,42 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint32_t start =
       lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
   const uint32_t end = 16 * (lane.last() ? shape.body : shape.whole());
+  const bool has_scales = FP8 && first_line < shape.scales;
+  const uint32_t stride = p.rows_per_expert();
+  uint8_t* const out = reinterpret_cast<uint8_t*>(p.a.recv_x) + static_cast<int32_t>(start);
+  uint32_t* const out_scales =
+      reinterpret_cast<uint32_t*>(p.a.recv_scales) + uint64_t{2 * line} * stride;
   for (uint32_t rest = placed; rest != 0; rest &= rest - 1) {
     const int e = __ffs(rest) - 1;
-    uint8_t* out = reinterpret_cast<uint8_t*>(p.a.recv_x) +
-                   uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes() +
-                   static_cast<int32_t>(start);
+    uint8_t* to = out + uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes();
     if (!lane.last()) {
 #pragma unroll
       for (uint32_t i = 0; i < kLoads; ++i)
         if (start + i * (kLinesPerWarp * 7 * 16) < end)
-          *reinterpret_cast<uint4*>(out + i * (kLinesPerWarp * 7 * 16)) = data[i];
+          *reinterpret_cast<uint4*>(to + i * (kLinesPerWarp * 7 * 16)) = data[i];
     } else {
 #pragma unroll
       for (uint32_t i = 0; i < kLoads; ++i)
         if (line + i * kLinesPerWarp >= shape.scales && start + i * (kLinesPerWarp * 8) < end)
-          *reinterpret_cast<uint2*>(out + i * (kLinesPerWarp * 8)) = {data[i].x, data[i].y};
+          *reinterpret_cast<uint2*>(to + i * (kLinesPerWarp * 8)) = {data[i].x, data[i].y};
     }
-    if (FP8 && first_line < shape.scales) {
-      const uint64_t row_scales =
-          p.a.recv_scales +
-          4 * (uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words() + 2 * line} *
-                   p.rows_per_expert() +
-               __shfl_sync(~0u, in_expert, e));
+    if (has_scales) {
+      uint32_t* scales = out_scales +
+                         uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words()} * stride +
+                         __shfl_sync(~0u, in_expert, e);
       if (lane.last()) {
 #pragma unroll
         for (uint32_t i = 0; i < kLoads; ++i) {
           const uint32_t word = 2 * (line + i * kLinesPerWarp);
-          uint32_t* scales = reinterpret_cast<uint32_t*>(row_scales) +
-                             uint64_t{i * 2 * kLinesPerWarp} * p.rows_per_expert();
-          if (word < p.scale_words()) scales[0] = data[i].x;
-          if (word + 1 < p.scale_words()) scales[p.rows_per_expert()] = data[i].y;
+          uint32_t* to_word = scales + uint64_t{i * 2 * kLinesPerWarp} * stride;
+          if (word < p.scale_words()) to_word[0] = data[i].x;
+          if (word + 1 < p.scale_words()) to_word[stride] = data[i].y;
         }
       }
     }
   }
   if (first_line == 0) {
+    const uint32_t token = header.token();
     if (in_expert != kNowhere) {
       map()[1 + __popc(placed & ((1u << thread) - 1))] = uint64_t{entry.y} << 32 | place;
       reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
@@ -986,8 +1119,8 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
 
 // Places rows until there are none left: what every warp does in the end. Sources take turns,
 // because their rows arrive at the same time. Neighbouring units go to different blocks, so that
-// few rows already use every multiprocessor; a block's warps take its units in order, the placers
-// first.
+// few rows already use every multiprocessor, and other parts of a row each time, because the first
+// take longer; a block's warps take its units in order, the placers first.
 template <class P>
 __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
@@ -1004,7 +1137,10 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
   uint32_t unit = first < kPlacerWarps ? first : take();
 #pragma unroll 1
   for (;; unit = take()) {
-    const uint32_t u = unit * gridDim.x + blockIdx.x;
+    constexpr uint32_t kTurns = 8;
+    const uint32_t later = unit % kTurns < gridDim.x ? unit % kTurns : 0;
+    const uint32_t block = blockIdx.x + later;
+    const uint32_t u = unit * gridDim.x + (block < gridDim.x ? block : block - gridDim.x);
     const uint32_t row = u / units_per_row;
     if (!certain && (certain = __all_sync(~0u, placeable(s))))
       rows = fixed->most_rows * g.num_ranks;
@@ -1030,47 +1166,62 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t lane = threadIdx.x % 32;
   const Chunk chunk(p);
+  const bool has_tokens = sends && chunk.size() != 0;
 
-  // Each task loads what it needs first; what all need is loaded by warps that need nothing else.
-  const Task task = warp < kSenderWarps   ? Task::kSend
-                    : warp < kRouterWarp  ? Task::kPlace
-                    : warp == kRouterWarp ? Task::kRoute
-                                          : Task::kRead;
-  Early early;
-  if (task == Task::kSend) {
-    if (FP8 && sends && chunk.size() != 0) early.x = load_group(p, chunk.from, threadIdx.x);
-  } else if (task == Task::kPlace) {
-    if (sends) begin_count(p, s, chunk, &early);
-  } else if (task == Task::kRoute) {
-    if (sends && chunk.size() != 0)
-      early.routed = order_entries(p, RouterLoad(p, chunk, chunk.from));
+  // What tasks need first is on its way while the block meets.
+  Group16 x;
+  RouterLoad entry;
+  PlacerIds ids;
+  ControlLoad known;
+  if (warp < kSenderWarps) {
+    // bf16 is not needed before its routes are, which need the ids first.
+    if (FP8 && has_tokens) x = load_group(p, chunk.from, threadIdx.x);
+  } else if (warp < kRouterWarp) {
+    if (sends) {
+      ids = load_ids(p, 0, chunk.from);
+      clear(s.rank_rows, s.row_base);
+      // The scales of a row may end within a piece of a line.
+      clear(s.scales, s.body);
+    }
+  } else if (warp == kRouterWarp) {
+    if (has_tokens) entry = RouterLoad(p, chunk, chunk.from);
   } else if (warp == kFirstReader) {
-    uint64_t epoch = 0;
-    if (lane == 0) epoch = epoch_of(control, kDispatchSend);
-    if (lane == 1) epoch = epoch_of(control, kDispatchRecv);
-#pragma unroll 1
-    for (uint32_t r = lane; r < g.num_ranks; r += 32)
-      shared_at<uint64_t>(s.partners)[r] = partner_base(g, control, r);
-    if (lane == 0) fixed->send_epoch = epoch;
-    if (lane == 1) fixed->recv_epoch = epoch;
-  } else if (warp == kFirstReader + 1) {
-    if (lane == 0) arch::mbarrier_init(&fixed->placeable, kReaders);
-    if (lane == 1) fixed->units_taken = kPlacerWarps;
+    known = ControlLoad(g, control);
+  } else if (threadIdx.x == 32 * kFirstReader + 32) {
+    arch::mbarrier_init(&fixed->known, 32);
+    for (uint32_t i = 0; i < kPlaces; ++i) {
+      arch::mbarrier_init(&fixed->routed[i], 32);
+      arch::mbarrier_init(&fixed->sent[i], kSenders);
+    }
+    arch::mbarrier_init(&fixed->placeable, kReaders);
+    fixed->units_taken = kPlacerWarps;
   }
   __syncthreads();
 
-  if (task != Task::kRead) {
-    if (sends) send(p, s, chunk, early, task);
+  if (warp < kSenderWarps) {
+    if (has_tokens) send(p, s, chunk, x);
+  } else if (warp < kRouterWarp) {
+    if (sends) count(p, s, chunk, ids);
     if (warp == kRouterWarp - 1) {
+      await(&fixed->known, 0);
       if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
       if (lane == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
       __syncwarp();
     }
-  } else if (receives) {
-    read_counts(p, s, fixed->recv_epoch);
-    if (blockIdx.x == 0) write_counts(p, s);
+  } else if (warp == kRouterWarp) {
+    if (has_tokens) route(p, s, chunk, entry);
+  } else {
+    if (warp == kFirstReader) known.keep(p, s, control);
+    if (receives) {
+      await(&fixed->known, 0);
+      read_counts(p, s, fixed->recv_epoch);
+      if (blockIdx.x == 0) write_counts(p, s);
+    }
   }
-  if (receives) place(p, s, fixed->recv_epoch);
+  if (receives) {
+    await(&fixed->known, 0);
+    place(p, s, fixed->recv_epoch);
+  }
 }
 
 using DispatchKernel = void(const ep_dispatch_args, const Plan);

@@ -39,6 +39,15 @@ __device__ __forceinline__ uint4 ld_relaxed_sys_v4(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ uint2 ld_relaxed_sys_v2(const void* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 // Read once, never written while the kernel runs: keep it out of L1.
 __device__ __forceinline__ uint4 ld_stream_v4(const void* p) {
   uint4 v;
