@@ -84,11 +84,12 @@ fn device(ordinal: u32) -> Result<Device, Error> {
     unreachable!("asked for GPU {ordinal} without feature cuda")
 }
 
-/// Runs a case with a thread for each rank.
-fn run_threads(case: &Case, operations: usize, order: Order) -> Result<(), String> {
+/// Runs a case with a thread for each rank, on so many multiprocessors each; 0: all.
+fn run_threads(case: &Case, num_sms: u32, operations: usize, order: Order) -> Result<(), String> {
     let outcomes = threads(case.ranks, |comm| {
         let device = device(comm.rank()).map_err(explain)?;
-        let rank = Rank::new(&device, &comm, case).map_err(explain)?;
+        let rank = Rank::with(&device, &comm, case, |builder| builder.num_sms(num_sms))
+            .map_err(explain)?;
         rank.run(operations, order)?;
         rank.buffer.close().map_err(explain)
     });
@@ -100,8 +101,10 @@ fn drawn_cases_on_gpus() {
     for ranks in groups(8) {
         for n in 0..setting("EP_GPU_CASES", 48) {
             let (case, order) = drawn(ranks, n);
-            run_threads(&case, 4, order).unwrap_or_else(|errors| {
-                panic!("case {n} of {ranks} ranks: {errors}\n{order:?} {case:#?}")
+            // Few multiprocessors have many tokens and rows each, as have all of them with more.
+            let num_sms = [0, 3][n as usize % 2];
+            run_threads(&case, num_sms, 4, order).unwrap_or_else(|errors| {
+                panic!("case {n} of {ranks} ranks, {num_sms} SMs: {errors}\n{order:?} {case:#?}")
             });
         }
     }
@@ -135,8 +138,11 @@ fn models_on_gpus() {
                 precision,
                 ..case(ranks)
             };
-            run_threads(&case, 1, Order::Fused)
-                .unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}\n{case:?}"));
+            for num_sms in [0, 8] {
+                run_threads(&case, num_sms, 1, Order::Fused).unwrap_or_else(|errors| {
+                    panic!("{ranks} ranks, {num_sms} SMs: {errors}\n{case:?}")
+                });
+            }
         }
     }
 }
