@@ -11,8 +11,8 @@
 // The last block tells every rank its counts.
 //
 // With few tokens the time is that of dependent instructions: a warp does one in about ten cycles,
-// and a branch or a parameter's first use costs as much as ten of them. So each task is one stretch
-// of code, has done all that it can before it waits, and waits only for what it needs.
+// and a far jump or a parameter's first use costs several. So each task is one stretch of code, has
+// done all that it can before it waits, and waits only for what it needs.
 
 #include <cuda_bf16.h>
 
@@ -950,8 +950,8 @@ __device__ __forceinline__ bool placeable(const Shared& s) {
   return arch::mbarrier_test_acquire_cta(&shared_at<Fixed>(s.fixed)->placeable, 0);
 }
 
-// A row's header as a warp reads it: of the first two lines lane i has the i-th 8 bytes, and of a
-// third those of lanes below 16.
+// A row's header as a warp reads it, each line by one instruction: of the first two lane i has the
+// i-th 8 bytes, and of a third those of lanes below 16.
 struct Header {
   uint2 unit = {};
   uint2 third = {};

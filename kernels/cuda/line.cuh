@@ -2,7 +2,7 @@
 //
 // One store instruction of eight neighbouring lanes writes a whole line, and NVLink makes such a
 // line visible as a whole, so a reader that finds the epoch has the data too: no fence, no flag of
-// its own. Lanes that have diverged would store by several instructions, so a warp converges first.
+// its own. Lanes that have diverged would store by several, so a warp converges before a row.
 // A lane's 16-byte piece is data, but for the last, which is 8 bytes of data and the epoch.
 //
 // A row of 16-byte units (the body) and 8-byte units (the scales) fills n lines: piece p < 7 of
