@@ -8,6 +8,7 @@
 
 #include <cuda_bf16.h>
 
+#include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
 #include "line.cuh"
@@ -556,8 +557,7 @@ const CombineKernel& kernel_for(const ep_combine_args& a, unsigned grid) {
   // Small units that a warp would have, if all ranks had this rank's number of tokens. With more,
   // instructions are what limits.
   constexpr uint64_t kMostUnits = 12;
-  const uint64_t rows = uint64_t{a.handle.num_tokens} *
-                        (a.handle.top_k < a.group.num_ranks ? a.handle.top_k : a.group.num_ranks);
+  const uint64_t rows = uint64_t{a.handle.num_tokens} * most_destinations(a.group, a.handle.top_k);
   const uint64_t units = rows * div_up(bf16_row(a.group.hidden).lines(), kLinesPerWarp);
   const bool many_rows = units > kMostUnits * 32 * grid;
   switch (a.group.hidden) {

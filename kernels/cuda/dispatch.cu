@@ -18,6 +18,7 @@
 
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
+#include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
 #include "line.cuh"
@@ -96,10 +97,9 @@ struct Shared {
   static __host__ __device__ uint32_t scale_stride(uint32_t hidden) {
     return (hidden / kChannelsPerScale + 3) & ~3u;
   }
-  // Of a token, and how many of them senders look up before they store to the first.
+  // Of a token, rounded up to how many are looked up at once.
   static __host__ __device__ uint32_t max_destinations(const ep_group& g, uint32_t top_k) {
-    const uint32_t d = top_k < g.num_ranks ? top_k : g.num_ranks;
-    return (d + kDestinations - 1) / kDestinations * kDestinations;
+    return div_up(most_destinations(g, top_k), kDestinations) * kDestinations;
   }
 };
 
@@ -116,8 +116,8 @@ struct PlacerIds {
   int64_t id[kMost];
 };
 
-// Whether a lane counts whole tokens. It then knows by itself which entries repeat others, which
-// takes a tenth of the instructions of looking at other lanes' entries.
+// Whether a lane counts whole tokens. It then knows by itself which entries repeat others, without
+// looking at other lanes'.
 __host__ __device__ __forceinline__ bool lanes_count_tokens(const ep_group& g, uint32_t top_k) {
   return top_k <= PlacerIds::kMost && g.num_ranks <= 32;
 }
@@ -145,8 +145,7 @@ struct Plan {
   static uint32_t sharing(const ep_dispatch_args& a, uint32_t grid) {
     const uint32_t tokens = a.handle.num_tokens;
     if (tokens == 0 || 2 * tokens > grid) return 1;
-    const uint32_t k = a.handle.top_k;
-    const uint32_t d = k < a.group.num_ranks ? k : a.group.num_ranks;
+    const uint32_t d = most_destinations(a.group, a.handle.top_k);
     return grid / tokens < d ? grid / tokens : d;
   }
 };

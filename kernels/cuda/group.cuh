@@ -113,6 +113,11 @@ __device__ __forceinline__ void record_peer_fault(const ep_group& g, Part p, uin
     record_fault(g, p, epoch, fault, phase, peer, token, value);
 }
 
+// Ranks that a token can go to.
+__host__ __device__ __forceinline__ uint32_t most_destinations(const ep_group& g, uint32_t top_k) {
+  return top_k < g.num_ranks ? top_k : g.num_ranks;
+}
+
 __device__ __forceinline__ uint64_t peer_base(const ep_group& g, uint32_t rank) {
   return reinterpret_cast<const uint64_t*>(g.peer_table)[rank];
 }

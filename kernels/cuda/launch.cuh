@@ -91,17 +91,6 @@ inline bool handle_is_sound(const ep_handle& h, const ep_group& g, const ep_layo
          h.top_k <= g.max_top_k;
 }
 
-// Division by a number that does not change during a launch. Exact for dividends and divisors whose
-// product is below 2^31.
-struct Divisor {
-  uint32_t value;
-  uint32_t inverse;  // ceil(2^31 / value)
-  explicit Divisor(uint32_t v) : value(v), inverse((0x7fffffffu + v) / v) {}
-  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
-    return __umulhi(2 * n, inverse);
-  }
-};
-
 // One block on each multiprocessor, or on as many as the caller allows: blocks wait for peers, so
 // all of them must be able to run at once.
 inline cudaError_t grid_for(const ep_group& g, unsigned* grid) {

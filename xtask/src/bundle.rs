@@ -16,7 +16,7 @@ const MAX_BYTES: u64 = 60 << 20;
 
 /// Tests of the checkout or of the build machine, which a GPU host has not: they start `ep` where
 /// cargo put it (the script does that itself), compile the header, or read the fuzzers' corpora; and
-/// the sweeps of refusals, of which a driver that refuses nothing has none.
+/// the largest that needs simulated drivers alone.
 const PACKAGES_LEFT: [&str; 2] = ["xtask", "ep-cli"];
 const TESTS_LEFT: [&str; 4] = [
     "ep-kernels.abi",

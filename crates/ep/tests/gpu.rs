@@ -282,6 +282,11 @@ fn iterations_back_to_back_on_gpus() {
 /// operations that are enqueued as usual, and after a refresh of the buffer.
 #[test]
 fn graphs_replay_on_gpus() {
+    in_each_precision(replay);
+}
+
+/// Runs a rank's part of a test, with a few tokens a rank.
+fn in_each_precision(part: fn(&Case, &Communicator) -> Result<(), String>) {
     for ranks in groups(4) {
         for precision in [Precision::Bf16, Precision::Fp8] {
             let case = Case {
@@ -290,7 +295,7 @@ fn graphs_replay_on_gpus() {
                 ..case(ranks)
             };
             let outcomes = threads(ranks, |comm| {
-                replay(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
+                part(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
             });
             all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
         }
@@ -389,19 +394,7 @@ fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
 /// stream, launched and replayed.
 #[test]
 fn operations_beside_other_work_on_gpus() {
-    for ranks in groups(4) {
-        for precision in [Precision::Bf16, Precision::Fp8] {
-            let case = Case {
-                tokens: vec![9; ranks],
-                precision,
-                ..case(ranks)
-            };
-            let outcomes = threads(ranks, |comm| {
-                beside(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
-            });
-            all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
-        }
-    }
+    in_each_precision(beside);
 }
 
 fn beside(case: &Case, comm: &Communicator) -> Result<(), String> {
