@@ -155,6 +155,7 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
       }
     }
     const uint64_t partner = partners[to >> 16];
+    __syncwarp();  // the lanes of a line store together
     if (partner != 0 && lane.line < p.a.layout.weight_lines) {
       uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]),
                  __float_as_uint(piece[3])};

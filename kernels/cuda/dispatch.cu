@@ -10,14 +10,16 @@
 //             copy them to the rows' experts; so does every warp that has done its own task.
 // The last block tells every rank its counts.
 //
-// With few tokens the time is that of dependent instructions: a warp does one in about ten cycles,
-// and a far jump or a parameter's first use costs several. So each task is one stretch of code, has
-// done all that it can before it waits, and waits only for what it needs.
+// With few tokens the time is that of dependent instructions, of which a warp does one in about ten
+// cycles, while the block's other warps take the issue slots in between. So each task is one
+// stretch of code without divergent branches, has done all that it can before it waits, and waits
+// only for what it needs; and a warp that has nothing to do sleeps at a barrier, it does not poll.
 
 #include <cuda_bf16.h>
 
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
+#include "arch/predicated.cuh"
 #include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
@@ -27,26 +29,33 @@ namespace ep {
 namespace {
 
 constexpr uint32_t kSenderWarps = 14;
-constexpr uint32_t kPlacerWarps = 9;
-constexpr uint32_t kReaderWarps = 4;
-constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
-constexpr uint32_t kFirstReader = kRouterWarp + 1;
-constexpr uint32_t kThreads = 32 * (kFirstReader + kReaderWarps);
-constexpr uint32_t kReaders = 32 * kReaderWarps;
 constexpr uint32_t kSenders = 32 * kSenderWarps;
-constexpr uint32_t kPlacers = 32 * kPlacerWarps;
+
+// How many warps have the other tasks: more where there are many rows, fewer where every
+// instruction of one warp is time for which the others wait.
+template <uint32_t PlacerWarps, uint32_t ReaderWarps>
+struct Way {
+  static constexpr uint32_t kPlacerWarps = PlacerWarps;
+  static constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
+  static constexpr uint32_t kFirstReader = kRouterWarp + 1;
+  static constexpr uint32_t kThreads = 32 * (kFirstReader + ReaderWarps);
+  static constexpr uint32_t kPlacers = 32 * kPlacerWarps;
+  static constexpr uint32_t kReaders = 32 * ReaderWarps;
+};
+using FewTokens = Way<4, 3>;  // at most one a block, and lanes count whole tokens
+using ManyTokens = Way<9, 4>;
 
 // Named barriers.
-constexpr uint32_t kSendBarrier = 1;     // senders
-constexpr uint32_t kReadBarrier = 2;     // readers
-constexpr uint32_t kCountedBarrier = 3;  // placers and the router
-constexpr uint32_t kTotalBarrier = 4;    // placers
-constexpr uint32_t kPlacersAndRouter = kPlacers + 32;
+constexpr uint32_t kSendBarrier = 1;   // senders
+constexpr uint32_t kReadBarrier = 2;   // readers
+constexpr uint32_t kTotalBarrier = 3;  // placers
 
 constexpr uint32_t kPlaces = 2;  // for tokens that are quantised, routed and sent, in turn
 constexpr uint32_t kLoads = 2;   // line loads in flight per lane and unit of placing
 constexpr uint32_t kUnitLines = kLoads * kLinesPerWarp;
+constexpr uint32_t kFewUnits = 4;      // of placing in a block: so few that all can be polled whole
 constexpr uint32_t kDestinations = 4;  // whose addresses are looked up at once
+constexpr uint32_t kCopies = 4;        // of a row, likewise
 constexpr uint32_t kNowhere = ~0u;
 constexpr uint32_t kChannelsPerScale = 128;
 
@@ -55,6 +64,7 @@ struct Fixed {
   uint64_t send_epoch;
   uint64_t recv_epoch;
   uint64_t known;            // the epochs and `partners`
+  uint64_t counted;          // the entries before the block's tokens
   uint64_t routed[kPlaces];  // a token: `row_base` and `header`
   uint64_t sent[kPlaces];    // a token: its place is free again
   uint64_t placeable;        // `begin`, `source_rows` and `most_rows`
@@ -71,6 +81,7 @@ struct Shared {
   uint32_t rank_rows;    // u32 [R] rows for each rank so far
   uint32_t expert_rows;  // u32 [E] entries of each expert so far
   uint32_t totals;       // both again, for all tokens
+  uint32_t none;         // u32 [32] what lanes count that have nothing to count
   uint32_t row_base;     // u64 [kPlaces][D] where a token's row goes at each destination, or 0
   uint32_t header;       // u64 [kPlaces][D][1 + K]
   uint32_t scales;       // u32 [kPlaces][scale_stride]
@@ -86,7 +97,8 @@ struct Shared {
     rank_rows = align16(begin + 4 * (g.num_experts / g.num_ranks) * (g.num_ranks + 1));
     expert_rows = align16(rank_rows + 4 * g.num_ranks);
     totals = align16(expert_rows + 4 * g.num_experts);
-    row_base = totals + (totals - rank_rows);
+    none = totals + (totals - rank_rows);
+    row_base = none + 4 * 32;
     header = row_base + 8 * kPlaces * d;
     scales = align16(header + 8 * kPlaces * d * (1 + top_k));
     body = scales + (fp8 ? kPlaces * 4 * scale_stride(hidden) : 0);
@@ -110,8 +122,8 @@ __device__ __forceinline__ T* shared_at(uint32_t offset) {
   return reinterpret_cast<T*>(shared_memory + offset);
 }
 
-// The ids that a placer has at a time: all of one token's where these are few, else one.
-struct PlacerIds {
+// The ids that a lane has at a time: all of one token's where these are few, else one.
+struct TokenIds {
   static constexpr uint32_t kMost = 8;
   int64_t id[kMost];
 };
@@ -119,7 +131,16 @@ struct PlacerIds {
 // Whether a lane counts whole tokens. It then knows by itself which entries repeat others, without
 // looking at other lanes'.
 __host__ __device__ __forceinline__ bool lanes_count_tokens(const ep_group& g, uint32_t top_k) {
-  return top_k <= PlacerIds::kMost && g.num_ranks <= 32;
+  return top_k <= TokenIds::kMost && g.num_ranks <= 32;
+}
+
+// A row's scales, in 4-byte words.
+__host__ __device__ constexpr uint32_t scale_words_of(uint32_t hidden, bool fp8, bool ue8m0) {
+  return !fp8 ? 0 : ue8m0 ? div_up(hidden, 4 * kChannelsPerScale) : hidden / kChannelsPerScale;
+}
+
+__host__ __device__ constexpr RowShape row_shape(uint32_t hidden, bool fp8, bool ue8m0) {
+  return {hidden / (fp8 ? 16 : 8), div_up(scale_words_of(hidden, fp8, ue8m0), 2)};
 }
 
 // What the host works out once for all blocks.
@@ -131,13 +152,15 @@ struct Plan {
   uint32_t tokens_per_block;
   uint32_t entry_shift;  // log2 of the lanes that look at one token's entries
   bool whole_tokens;     // a placer's lane counts whole tokens
+  uint32_t likely_units;
   uint32_t last_block;
   Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
       : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
         local_experts(a.group.num_experts / a.group.num_ranks),
         packets_per_source(local_experts.value + 1), blocks_per_token(sharing(a, grid)),
         tokens_per_block(div_up(a.handle.num_tokens, grid)), entry_shift(0),
-        whole_tokens(lanes_count_tokens(a.group, a.handle.top_k)), last_block(grid - 1) {
+        whole_tokens(lanes_count_tokens(a.group, a.handle.top_k)),
+        likely_units(likely_units_of(a, fp8, grid)), last_block(grid - 1) {
     while ((1u << entry_shift) < a.handle.top_k) ++entry_shift;
   }
 
@@ -148,11 +171,20 @@ struct Plan {
     const uint32_t d = most_destinations(a.group, a.handle.top_k);
     return grid / tokens < d ? grid / tokens : d;
   }
+
+  // Units of placing that a block has if all ranks have this rank's number of tokens.
+  static uint32_t likely_units_of(const ep_dispatch_args& a, bool fp8, uint32_t grid) {
+    const bool ue8m0 = (a.flags & EP_DISPATCH_UE8M0) != 0;
+    const uint32_t per_row = div_up(row_shape(a.group.hidden, fp8, ue8m0).lines(), kUnitLines);
+    const uint64_t units = uint64_t{a.handle.num_tokens} * a.group.num_ranks * per_row;
+    return static_cast<uint32_t>((units + grid - 1) / grid);
+  }
 };
 
 // What all tasks derive from the arguments. H is the hidden size where it is known at compile time.
-template <uint32_t H, bool FP8>
-struct Problem {
+template <uint32_t H, bool FP8, class W>
+struct Problem : W {
+  static constexpr bool kFp8 = FP8;
   const ep_dispatch_args& a;
   const Plan& plan;
 
@@ -164,13 +196,9 @@ struct Problem {
     return FP8 && (a.flags & EP_DISPATCH_UE8M0) != 0;
   }
   __device__ __forceinline__ uint32_t scale_words() const {
-    return !FP8      ? 0
-           : ue8m0() ? div_up(hidden(), 4 * kChannelsPerScale)
-                     : hidden() / kChannelsPerScale;
+    return scale_words_of(hidden(), FP8, ue8m0());
   }
-  __device__ __forceinline__ RowShape row() const {
-    return {hidden() / (FP8 ? 16 : 8), div_up(scale_words(), 2)};
-  }
+  __device__ __forceinline__ RowShape row() const { return row_shape(hidden(), FP8, ue8m0()); }
   __device__ __forceinline__ uint32_t row_bytes() const { return hidden() * (FP8 ? 1 : 2); }
   // All rows together are fewer than 2^31 (ep_layout's maker checks it).
   __device__ __forceinline__ uint32_t rows_per_expert() const {
@@ -218,32 +246,18 @@ struct Entry {
   bool leads;     // the token's first valid entry with this owner
 };
 
-// Looks at the entries of all lanes of the warp. The comparisons do not depend on each other, which
-// is what makes this short: everything waits for it.
+// Looks at the entries of all lanes of the warp.
 template <class P>
 __device__ __forceinline__ Entry classify(const P& p, const EntryLane& e, uint32_t expert) {
-  constexpr uint32_t kAtOnce = 8;
-  const uint32_t local_experts = p.plan.local_experts.value;
   Entry entry;
   entry.expert = expert;
+  // Beyond all ranks where no expert is named.
   entry.owner = p.plan.local_experts.quotient(expert);
-  const uint32_t first = entry.owner * local_experts;
-  entry.same = 0;
-  uint32_t twins = 0;
-#pragma unroll 1
-  for (uint32_t base = 0; base < p.a.handle.top_k; base += kAtOnce) {
-    uint32_t same = 0;
-    uint32_t equal = 0;
-#pragma unroll
-    for (uint32_t j = 0; j < kAtOnce; ++j) {
-      // Beyond the token's lanes these come round again, into bits above theirs.
-      const uint32_t other = __shfl_sync(~0u, expert, base + j, e.width());
-      same |= other - first < local_experts ? 1u << j : 0;
-      equal |= other == expert ? 1u << j : 0;
-    }
-    entry.same |= same << base;
-    twins |= equal << base;
-  }
+  // Of the lanes that agree, those of the same token.
+  const uint32_t first_lane = e.token << e.shift;
+  const uint32_t lanes = e.width() == 32 ? ~0u : (1u << e.width()) - 1;
+  entry.same = __match_any_sync(~0u, entry.owner) >> first_lane & lanes;
+  const uint32_t twins = __match_any_sync(~0u, expert) >> first_lane & lanes;
   const uint32_t earlier = (1u << e.k) - 1;
   entry.valid = expert != kNowhere && (twins & earlier) == 0;
   // An earlier entry with this owner is valid, or repeats one that is.
@@ -257,33 +271,35 @@ __device__ __forceinline__ uint32_t placer() { return threadIdx.x - kSenders; }
 struct Counts {
   uint32_t* rank_rows;
   uint32_t* expert_rows;
+  uint32_t* none;  // the lane's
   __device__ __forceinline__ Counts(const Shared& s, uint32_t at)
       : rank_rows(shared_at<uint32_t>(at)),
-        expert_rows(shared_at<uint32_t>(at + s.expert_rows - s.rank_rows)) {}
+        expert_rows(shared_at<uint32_t>(at + s.expert_rows - s.rank_rows)),
+        none(shared_at<uint32_t>(s.none) + threadIdx.x % 32) {}
+  // Without branches: a lane that has nothing to count counts it elsewhere.
   __device__ __forceinline__ void add(bool valid, uint32_t expert, bool leads,
                                       uint32_t owner) const {
-    if (valid) atomicAdd(&expert_rows[expert], 1);
-    if (leads) atomicAdd(&rank_rows[owner], 1);
+    atomicAdd(valid ? &expert_rows[expert] : none, 1);
+    atomicAdd(leads ? &rank_rows[owner] : none, 1);
   }
 };
 
-// How many tokens placers look at together.
+// How many tokens a warp of placers looks at together.
 template <class P>
-__device__ __forceinline__ uint32_t tokens_at_once(const P& p) {
-  return p.plan.whole_tokens ? kPlacers
-                             : kPlacerWarps * EntryLane(p.plan.entry_shift).tokens_per_warp();
+__device__ __forceinline__ uint32_t tokens_per_warp(const P& p) {
+  return p.plan.whole_tokens ? 32 : EntryLane(p.plan.entry_shift).tokens_per_warp();
 }
 
 // What a placer looks at when the placers' tokens begin at `base`; -1 from token `to` on.
 template <class P>
-__device__ __forceinline__ PlacerIds load_ids(const P& p, uint32_t base, uint32_t to) {
+__device__ __forceinline__ TokenIds load_ids(const P& p, uint32_t base, uint32_t to) {
   const int64_t* ids = reinterpret_cast<const int64_t*>(p.a.topk_idx);
   const uint32_t top_k = p.a.handle.top_k;
-  PlacerIds of;
+  TokenIds of;
   if (p.plan.whole_tokens) {
     const uint32_t t = base + placer();
 #pragma unroll
-    for (uint32_t k = 0; k < PlacerIds::kMost; ++k)
+    for (uint32_t k = 0; k < TokenIds::kMost; ++k)
       of.id[k] = t < to && k < top_k ? ids[uint64_t{t} * top_k + k] : -1;
   } else {
     const EntryLane e(p.plan.entry_shift);
@@ -293,37 +309,33 @@ __device__ __forceinline__ PlacerIds load_ids(const P& p, uint32_t base, uint32_
   return of;
 }
 
-// Counts the entries of tokens [from, to): with the running counts, the totals or both. `ids` is
-// load_ids at `from`. All placers.
+// Counts the entries of tokens [0, to). `ids` is load_ids at 0. All placers.
 template <class P>
-__device__ __forceinline__ void count_entries(const P& p, const Shared& s, bool running, bool total,
-                                              PlacerIds ids, uint32_t from, uint32_t to) {
-  const uint32_t step = tokens_at_once(p);
-  const Counts so_far(s, s.rank_rows);
-  const Counts all(s, s.totals);
+__device__ __forceinline__ void count_entries(const P& p, const Counts& counts, TokenIds ids,
+                                              uint32_t to) {
+  const uint32_t mine = placer() / 32 * tokens_per_warp(p);
+  const uint32_t step = P::kPlacerWarps * tokens_per_warp(p);
 #pragma unroll 1
-  for (uint32_t base = from; base < to; base += step) {
-    const PlacerIds of = ids;
+  for (uint32_t base = 0; base + mine < to; base += step) {
+    const TokenIds of = ids;
     if (base + step < to) ids = load_ids(p, base + step, to);
     if (p.plan.whole_tokens) {
-      uint32_t expert[PlacerIds::kMost];
+      uint32_t expert[TokenIds::kMost];
       uint32_t owners = 0;
 #pragma unroll
-      for (uint32_t k = 0; k < PlacerIds::kMost; ++k) {
+      for (uint32_t k = 0; k < TokenIds::kMost; ++k) {
         expert[k] = expert_of(p, of.id[k]);
         bool valid = expert[k] != kNowhere;
 #pragma unroll
         for (uint32_t j = 0; j < k; ++j) valid &= expert[j] != expert[k];
         const uint32_t owner = p.plan.local_experts.quotient(expert[k]);
         const bool leads = valid && (owners >> (owner % 32) & 1) == 0;
-        if (leads) owners |= 1u << owner % 32;
-        if (running) so_far.add(valid, expert[k], leads, owner);
-        if (total) all.add(valid, expert[k], leads, owner);
+        owners |= leads ? 1u << owner % 32 : 0;
+        counts.add(valid, expert[k], leads, owner);
       }
     } else {
       const Entry e = classify(p, EntryLane(p.plan.entry_shift), expert_of(p, of.id[0]));
-      if (running) so_far.add(e.valid, e.expert, e.leads, e.owner);
-      if (total) all.add(e.valid, e.expert, e.leads, e.owner);
+      counts.add(e.valid, e.expert, e.leads, e.owner);
     }
   }
 }
@@ -337,7 +349,7 @@ __device__ __forceinline__ void send_counts(const P& p, const Shared& s, uint64_
   const Counts totals(s, s.totals);
   const uint64_t mine = p.counts_at(0, g.rank, epoch);
 #pragma unroll 1
-  for (uint32_t i = placer(); i < g.num_ranks * per_rank.value; i += kPlacers) {
+  for (uint32_t i = placer(); i < g.num_ranks * per_rank.value; i += P::kPlacers) {
     const uint32_t rank = per_rank.quotient(i);
     const uint32_t at = i - rank * per_rank.value;
     const uint64_t partner = shared_at<uint64_t>(s.partners)[rank];
@@ -427,26 +439,25 @@ __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uin
   const uint64_t partner = shared_at<uint64_t>(s.partners)[owner];
   uint32_t* rank_rows = shared_at<uint32_t>(s.rank_rows) + owner;
   uint32_t* expert_rows = shared_at<uint32_t>(s.expert_rows) + entry.expert;
-  uint32_t slot = entry.leads ? *rank_rows : 0;
-  const uint32_t position = entry.valid ? *expert_rows : 0;
-  if (entry.leads) *rank_rows = slot + 1;
-  if (entry.valid) *expert_rows = position + 1;
+  uint32_t slot = arch::ld_shared_u32_if(entry.leads, rank_rows);
+  const uint32_t position = arch::ld_shared_u32_if(entry.valid, expert_rows);
+  arch::st_shared_u32_if(entry.leads, rank_rows, slot + 1);
+  arch::st_shared_u32_if(entry.valid, expert_rows, position + 1);
   slot = __shfl_sync(~0u, slot, __ffs(entry.same) - 1);
   const uint32_t first = place * Shared::max_destinations(g, top_k);
   const uint32_t at = first + r.destination;
   uint64_t* header = shared_at<uint64_t>(s.header) + at * (1 + top_k);
   uint64_t* row_base = shared_at<uint64_t>(s.row_base);
-  if (entry.valid)
-    header[1 + __popc(entry.same & ((1u << lane) - 1))] =
-        uint64_t{__float_as_uint(r.weight)} << 32 | position << 16 | lane << 11 |
-        (entry.expert - owner * p.plan.local_experts.value);
-  if (entry.leads) {
-    header[0] = uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token;
-    row_base[at] =
-        partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride;
-  }
-  if (lane >= r.destinations && lane < Shared::max_destinations(g, top_k))
-    row_base[first + lane] = 0;
+  arch::st_shared_u64_if(entry.valid, header + 1 + __popc(entry.same & ((1u << lane) - 1)),
+                         uint64_t{__float_as_uint(r.weight)} << 32 | position << 16 | lane << 11 |
+                             (entry.expert - owner * p.plan.local_experts.value));
+  arch::st_shared_u64_if(entry.leads, header,
+                         uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token);
+  arch::st_shared_u64_if(
+      entry.leads, row_base + at,
+      partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride);
+  arch::st_shared_u64_if(lane >= r.destinations && lane < Shared::max_destinations(g, top_k),
+                         row_base + first + lane, 0);
   return entry.valid && partner != 0 ? owner << 16 | slot : kNowhere;
 }
 
@@ -536,16 +547,12 @@ __device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t t
       q[w] = arch::cvt_e4m3x2_rn_satfinite(lo.x * scale.multiply, lo.y * scale.multiply) |
              arch::cvt_e4m3x2_rn_satfinite(hi.x * scale.multiply, hi.y * scale.multiply) << 16;
     }
-    if (i < groups) {
-      reinterpret_cast<uint4*>(body)[i] = {q[0], q[1], q[2], q[3]};
-      if (i % 8 == 0) {
-        if (p.ue8m0())
-          reinterpret_cast<uint8_t*>(scales)[i / 8] =
-              static_cast<uint8_t>(__float_as_uint(scale.inverse) >> 23);
-        else
-          scales[i / 8] = __float_as_uint(scale.inverse);
-      }
-    }
+    arch::st_shared_v4_if(i < groups, body + 16 * i, {q[0], q[1], q[2], q[3]});
+    const bool has_scale = i < groups && i % 8 == 0;
+    const uint32_t inverse = __float_as_uint(scale.inverse);
+    arch::st_shared_u8_if(has_scale && p.ue8m0(), reinterpret_cast<uint8_t*>(scales) + i / 8,
+                          inverse >> 23);
+    arch::st_shared_u32_if(has_scale && !p.ue8m0(), scales + i / 8, inverse);
   }
 }
 
@@ -555,20 +562,23 @@ template <bool FP8, class P>
 __device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, const uint8_t* body,
                                           const uint32_t* scales, uint32_t line,
                                           const LaneInLine& lane) {
-  if (!lane.last()) {
-    const uint32_t unit = 7 * line + lane.piece;
-    if (unit >= shape.whole()) return {};
-    return FP8 ? reinterpret_cast<const uint4*>(body)[unit] : arch::ld_stream_v4(body + 16 * unit);
-  }
-  uint2 data = {};
-  if (line < shape.scales) {
-    data = reinterpret_cast<const uint2*>(scales)[line];
+  const uint32_t unit = 7 * line + lane.piece;
+  const uint32_t at = 16 * shape.whole() + 8 * (line - shape.scales);
+  const bool has_unit = !lane.last() && unit < shape.whole();
+  const bool has_scales = lane.last() && line < shape.scales;
+  const bool has_half = lane.last() && !has_scales && at < 16 * shape.body;
+  uint4 whole = {};
+  uint2 half = {};
+  if (FP8) {
+    arch::ld_shared_v4_if(has_unit, body + 16 * unit, &whole);
+    arch::ld_shared_v2_if(
+        has_scales || has_half,
+        has_scales ? reinterpret_cast<const uint8_t*>(scales) + 8 * line : body + at, &half);
   } else {
-    const uint32_t at = 16 * shape.whole() + 8 * (line - shape.scales);
-    if (at < 16 * shape.body)
-      data = FP8 ? *reinterpret_cast<const uint2*>(body + at) : arch::ld_stream_v2(body + at);
+    arch::ld_stream_v4_if(has_unit, body + 16 * unit, &whole);
+    arch::ld_stream_v2_if(has_half, body + at, &half);
   }
-  return {data.x, data.y, 0, 0};
+  return lane.last() ? uint4{half.x, half.y, 0, 0} : whole;
 }
 
 // A token's row on its way: the first pieces of lines are loaded before it is known where they go.
@@ -628,8 +638,8 @@ struct Sending {
               reinterpret_cast<uint8_t*>(row[n]) + (header_lines + first) * kLine + offset;
 #pragma unroll
           for (uint32_t m = 0; m < kAhead; ++m)
-            if (row[n] != 0 && first + m * kStep + lane.line < lines)
-              arch::st_relaxed_sys_v4(to + m * kStep * kLine, piece[m]);
+            arch::st_relaxed_sys_v4_if(row[n] != 0 && first + m * kStep + lane.line < lines,
+                                       to + m * kStep * kLine, piece[m]);
         }
       }
     }
@@ -643,23 +653,24 @@ struct Sending {
       if (row_base[d] == 0) continue;
       const uint32_t entries = static_cast<uint32_t>(header[0] >> 32);
       const uint32_t unit = lane.line * 15 + lane.piece * 2;
-      const uint64_t lo = unit <= entries ? header[unit] : 0;
-      const uint64_t hi = unit + 1 <= entries ? header[unit + 1] : 0;
+      const uint64_t lo = arch::ld_shared_u64_if(unit <= entries, header + unit);
+      const uint64_t hi = arch::ld_shared_u64_if(unit + 1 <= entries, header + unit + 1);
       const uint2 half = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32)};
       const uint4 v = lane.last() ? seal(half, epoch)
                                   : uint4{half.x, half.y, static_cast<uint32_t>(hi),
                                           static_cast<uint32_t>(hi >> 32)};
       __syncwarp();
-      if (lane.line < header_lines)
-        arch::st_relaxed_sys_v4(reinterpret_cast<uint8_t*>(row_base[d]) + offset, v);
+      arch::st_relaxed_sys_v4_if(lane.line < header_lines,
+                                 reinterpret_cast<uint8_t*>(row_base[d]) + offset, v);
     }
   }
 };
 
 // Clears shared memory from one offset to another, both multiples of 16. All placers.
+template <class P>
 __device__ __forceinline__ void clear(uint32_t from, uint32_t to) {
 #pragma unroll 1
-  for (uint32_t i = from + 16 * placer(); i < to; i += 16 * kPlacers) *shared_at<uint4>(i) = {};
+  for (uint32_t i = from + 16 * placer(); i < to; i += 16 * P::kPlacers) *shared_at<uint4>(i) = {};
 }
 
 // Waits for the `n`th completion of a barrier, counted from 0. One warp.
@@ -678,18 +689,17 @@ __device__ __forceinline__ bool tells_counts(const P& p) {
 // block those of all tokens. `first` is load_ids at 0.
 template <class P>
 __device__ __forceinline__ void count(const P& p, const Shared& s, const Chunk& chunk,
-                                      const PlacerIds& first) {
+                                      const TokenIds& first) {
   Fixed* fixed = shared_at<Fixed>(s.fixed);
+  if (chunk.size() != 0) {
+    count_entries(p, Counts(s, s.rank_rows), first, chunk.from);
+    arch::mbarrier_arrive_release_cta(&fixed->counted);
+  }
+  if (!tells_counts(p)) return;
   const uint32_t tokens = p.a.handle.num_tokens;
-  const bool total = tells_counts(p);
-  const bool running = chunk.size() != 0;
   // Of a block that has no token, chunk.from is the number of tokens.
-  if (running || total) count_entries(p, s, running, total, first, 0, chunk.from);
-  if (running) arch::bar_sync(kCountedBarrier, kPlacersAndRouter);
-  if (!total) return;
-  if (running)
-    count_entries(p, s, false, true, load_ids(p, chunk.from, tokens), chunk.from, tokens);
-  arch::bar_sync(kTotalBarrier, kPlacers);
+  count_entries(p, Counts(s, s.totals), chunk.size() == 0 ? first : load_ids(p, 0, tokens), tokens);
+  arch::bar_sync(kTotalBarrier, P::kPlacers);
   await(&fixed->known, 0);
   send_counts(p, s, fixed->send_epoch);
 }
@@ -703,7 +713,7 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& 
   Routed routed = order_entries(p, next);
   await(&fixed->known, 0);
   const uint64_t epoch = fixed->send_epoch;
-  arch::bar_sync(kCountedBarrier, kPlacersAndRouter);
+  await(&fixed->counted, 0);
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t token = chunk.from + i;
@@ -719,21 +729,20 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& 
 }
 
 // The senders' task. Of FP8, `x` is the thread's load_group of the first token.
-template <uint32_t H, bool FP8>
-__device__ __forceinline__ void send(const Problem<H, FP8>& p, const Shared& s, const Chunk& chunk,
-                                     Group16 x) {
+template <class P>
+__device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& chunk, Group16 x) {
   Fixed* fixed = shared_at<Fixed>(s.fixed);
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t token = chunk.from + i;
     const uint32_t place = i % kPlaces;
-    if (FP8) {
+    if (P::kFp8) {
       quantise(p, s, token, place, x);
       if (i + 1 < chunk.size()) x = load_group(p, token + 1, threadIdx.x);
       // Behind it the place before is free too: everybody has read what it needed there.
       arch::bar_sync(kSendBarrier, kSenders);
     }
-    Sending<FP8> row;
+    Sending<P::kFp8> row;
     row.load(p, s, token, place, row.first_line());
     await(&fixed->routed[place], i / kPlaces);
     row.store(p, s, chunk, token, place);
@@ -788,7 +797,7 @@ __device__ __forceinline__ void add_waits(const P& p, uint32_t base, uint32_t ca
   int64_t* wait = reinterpret_cast<int64_t*>(p.a.wait_ns);
 #pragma unroll 1
   for (; came != 0; came &= came - 1) {
-    const Packet packet(p, base + kReaders * (__ffs(came) - 1));
+    const Packet packet(p, base + P::kReaders * (__ffs(came) - 1));
     if (packet.at == 0) wait[packet.source] += static_cast<int64_t>(waited);
   }
 }
@@ -798,7 +807,7 @@ template <class P>
 __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const Control control(g);
-  const uint32_t thread = threadIdx.x - 32 * kFirstReader;
+  const uint32_t thread = threadIdx.x - 32 * P::kFirstReader;
   const uint64_t* partners = shared_at<uint64_t>(s.partners);
   uint32_t* begin = shared_at<uint32_t>(s.begin);
   const uint32_t* source_rows = shared_at<uint32_t>(s.source_rows);
@@ -809,13 +818,13 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   const bool timed = p.a.wait_ns != 0 && blockIdx.x == 0;
   const uint64_t began = timed ? arch::globaltimer_ns() : 0;
 #pragma unroll 1
-  for (uint32_t base = thread; base < packets; base += kReaders * kInFlight) {
+  for (uint32_t base = thread; base < packets; base += P::kReaders * kInFlight) {
     uint32_t from[kInFlight];  // offsets of packets
     uint32_t* to[kInFlight];
     uint32_t missing = 0;
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j) {
-      const uint32_t i = base + kReaders * j;
+      const uint32_t i = base + P::kReaders * j;
       // A packet beyond the last is read like the first, in vain.
       const Packet packet(p, i < packets ? i : base);
       from[j] = packet.offset(p);
@@ -848,10 +857,10 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     // No source can send more; a wrong value must not lead out of the output.
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j)
-      if (base + kReaders * j < packets) *to[j] = min(value[j], g.max_tokens);
+      arch::st_shared_u32_if(base + P::kReaders * j < packets, to[j], min(value[j], g.max_tokens));
     if (doubt) [[unlikely]] {
 #pragma unroll 1
-      for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += kReaders) {
+      for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += P::kReaders) {
         if ((expected >> j & 1) == 0) continue;
         const Packet packet(p, i);
         *packet.value(p, s) =
@@ -859,9 +868,9 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       }
     }
   }
-  arch::bar_sync(kReadBarrier, kReaders);
+  arch::bar_sync(kReadBarrier, P::kReaders);
 #pragma unroll 1
-  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders) {
+  for (uint32_t l = thread; l < p.plan.local_experts.value; l += P::kReaders) {
     uint32_t* row = begin + l * (g.num_ranks + 1);
     uint32_t sum = 0;
     row[0] = 0;
@@ -877,7 +886,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
     }
   }
   // The last warp most often has no expert.
-  if (thread >= kReaders - 32) {
+  if (thread >= P::kReaders - 32) {
     uint32_t most = 0;
 #pragma unroll 1
     for (uint32_t r = thread % 32; r < g.num_ranks; r += 32) most = max(most, source_rows[r]);
@@ -891,7 +900,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 template <class P>
 __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   const ep_group& g = p.a.group;
-  const uint32_t thread = threadIdx.x - 32 * kFirstReader;
+  const uint32_t thread = threadIdx.x - 32 * P::kFirstReader;
   const uint32_t* begin = shared_at<uint32_t>(s.begin);
   int32_t* count = reinterpret_cast<int32_t*>(p.a.recv_count);
   int64_t* total = reinterpret_cast<int64_t*>(p.a.total_count);
@@ -899,7 +908,7 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
   uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
   await(&shared_at<Fixed>(s.fixed)->placeable, 0);
 #pragma unroll 1
-  for (uint32_t l = thread; l < p.plan.local_experts.value; l += kReaders) {
+  for (uint32_t l = thread; l < p.plan.local_experts.value; l += P::kReaders) {
     const uint32_t* at = begin + l * (g.num_ranks + 1);
 #pragma unroll 1
     for (uint32_t r = 0; r < g.num_ranks; ++r)
@@ -909,7 +918,7 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
     if (total != nullptr) total[l] += at[g.num_ranks];
   }
 #pragma unroll 1
-  for (uint32_t r = thread; r < g.num_ranks; r += kReaders)
+  for (uint32_t r = thread; r < g.num_ranks; r += P::kReaders)
     recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
 }
 
@@ -987,10 +996,9 @@ struct Header {
 
 // Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
 // polled before it is known whether the source sends such a row at all.
-template <uint32_t H, bool FP8>
-__device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Shared& s,
-                                           uint64_t epoch, uint32_t source, uint32_t slot,
-                                           uint32_t first_line) {
+template <class P>
+__device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t epoch,
+                                           uint32_t source, uint32_t slot, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const LaneInLine lane;
   const RowShape shape = p.row();
@@ -1004,8 +1012,9 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   bool certain = __all_sync(~0u, placeable(s));
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
-  // Load everything at once; while something is missing, watch one epoch only, of the line that is
-  // stored last: many warps wait here, and what they read while they wait, others cannot.
+  // Load everything at once. Where many warps wait, what they read meanwhile others cannot: there
+  // they watch one epoch only, of the line that is stored last, while something is missing.
+  const bool watches = p.plan.likely_units > kFewUnits;
   const uint32_t unit_lines = min(lines - first_line, kUnitLines);
   const uint8_t* watched =
       row + (header_lines + first_line + unit_lines) * kLine - sizeof(uint64_t);
@@ -1037,7 +1046,7 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
         if (thread == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
         over = true;
       }
-    } while (!over && arch::ld_relaxed_sys_u64(watched) != epoch);
+    } while (watches && !over && arch::ld_relaxed_sys_u64(watched) != epoch);
   }
 
   // Lane e has entry e.
@@ -1046,7 +1055,6 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint32_t expert = entry.x & (EP_MAX_LOCAL_EXPERTS - 1);
   if (!certain) {
     await(&shared_at<Fixed>(s.fixed)->placeable, 0);
-    __syncwarp();
     if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
   }
   auto map = [&] {
@@ -1058,13 +1066,14 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
     return;
   }
   // The rank can place an entry that its counts have room for.
-  uint32_t in_expert = kNowhere;
-  if (thread < entries && expert < p.plan.local_experts.value) {
-    const uint32_t* begin = shared_at<uint32_t>(s.begin) + expert * (g.num_ranks + 1) + source;
-    const uint32_t first = begin[0];
-    if ((entry.x >> 16) < begin[1] - first) in_expert = first + (entry.x >> 16);
-  }
-  const uint32_t place = expert * p.rows_per_expert() + in_expert;
+  const bool is_entry = thread < entries && expert < p.plan.local_experts.value;
+  const uint32_t* begin =
+      shared_at<uint32_t>(s.begin) + (is_entry ? expert : 0) * (g.num_ranks + 1) + source;
+  const uint32_t first = begin[0];
+  const uint32_t in_expert =
+      is_entry && (entry.x >> 16) < begin[1] - first ? first + (entry.x >> 16) : kNowhere;
+  const uint32_t place =
+      in_expert != kNowhere ? expert * p.rows_per_expert() + in_expert : kNowhere;
   const uint32_t placed = __ballot_sync(~0u, in_expert != kNowhere);
 
   // Where this lane's pieces stand in a row: load i is a constant after load i - 1.
@@ -1072,47 +1081,60 @@ __device__ __forceinline__ void place_unit(const Problem<H, FP8>& p, const Share
   const uint32_t start =
       lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
   const uint32_t end = 16 * (lane.last() ? shape.body : shape.whole());
-  const bool has_scales = FP8 && first_line < shape.scales;
+  const bool has_scales = P::kFp8 && first_line < shape.scales;
   const uint32_t stride = p.rows_per_expert();
   uint8_t* const out = reinterpret_cast<uint8_t*>(p.a.recv_x) + static_cast<int32_t>(start);
   uint32_t* const out_scales =
       reinterpret_cast<uint32_t*>(p.a.recv_scales) + uint64_t{2 * line} * stride;
-  for (uint32_t rest = placed; rest != 0; rest &= rest - 1) {
-    const int e = __ffs(rest) - 1;
-    uint8_t* to = out + uint64_t{__shfl_sync(~0u, place, e)} * p.row_bytes();
-    if (!lane.last()) {
+  // Which of its pieces a lane stores: 16 bytes of body, 8 of it, or one or two scales.
+  bool body[kLoads], tail[kLoads], scale[kLoads], scale2[kLoads];
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i)
-        if (start + i * (kLinesPerWarp * 7 * 16) < end)
-          *reinterpret_cast<uint4*>(to + i * (kLinesPerWarp * 7 * 16)) = data[i];
-    } else {
+  for (uint32_t i = 0; i < kLoads; ++i) {
+    const uint32_t at = line + i * kLinesPerWarp;
+    body[i] = !lane.last() && start + i * (kLinesPerWarp * 7 * 16) < end;
+    tail[i] = lane.last() && at >= shape.scales && start + i * (kLinesPerWarp * 8) < end;
+    scale[i] = lane.last() && 2 * at < p.scale_words();
+    scale2[i] = lane.last() && 2 * at + 1 < p.scale_words();
+  }
+#pragma unroll 1
+  for (uint32_t e = 0; e < entries; e += kCopies) {
+    uint32_t row_at[kCopies];
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i)
-        if (line + i * kLinesPerWarp >= shape.scales && start + i * (kLinesPerWarp * 8) < end)
-          *reinterpret_cast<uint2*>(to + i * (kLinesPerWarp * 8)) = {data[i].x, data[i].y};
+    for (uint32_t n = 0; n < kCopies; ++n) row_at[n] = __shfl_sync(~0u, place, e + n);
+#pragma unroll
+    for (uint32_t n = 0; n < kCopies; ++n) {
+      const bool there = row_at[n] != kNowhere;
+      uint8_t* to = out + uint64_t{row_at[n]} * p.row_bytes();
+#pragma unroll
+      for (uint32_t i = 0; i < kLoads; ++i) {
+        arch::st_v4_if(there && body[i], to + i * (kLinesPerWarp * 7 * 16), data[i]);
+        arch::st_v2_if(there && tail[i], to + i * (kLinesPerWarp * 8), {data[i].x, data[i].y});
+      }
     }
     if (has_scales) {
-      uint32_t* scales = out_scales +
-                         uint64_t{__shfl_sync(~0u, expert, e) * p.scale_words()} * stride +
-                         __shfl_sync(~0u, in_expert, e);
-      if (lane.last()) {
+      uint32_t expert_of_row[kCopies];
+#pragma unroll
+      for (uint32_t n = 0; n < kCopies; ++n) expert_of_row[n] = __shfl_sync(~0u, expert, e + n);
+#pragma unroll
+      for (uint32_t n = 0; n < kCopies; ++n) {
+        const bool there = row_at[n] != kNowhere;
+        uint32_t* scales =
+            out_scales + uint64_t{expert_of_row[n] * (p.scale_words() - 1)} * stride + row_at[n];
 #pragma unroll
         for (uint32_t i = 0; i < kLoads; ++i) {
-          const uint32_t word = 2 * (line + i * kLinesPerWarp);
           uint32_t* to_word = scales + uint64_t{i * 2 * kLinesPerWarp} * stride;
-          if (word < p.scale_words()) to_word[0] = data[i].x;
-          if (word + 1 < p.scale_words()) to_word[stride] = data[i].y;
+          arch::st_u32_if(there && scale[i], to_word, data[i].x);
+          arch::st_u32_if(there && scale2[i], to_word + stride, data[i].y);
         }
       }
     }
   }
   if (first_line == 0) {
     const uint32_t token = header.token();
-    if (in_expert != kNowhere) {
-      map()[1 + __popc(placed & ((1u << thread) - 1))] = uint64_t{entry.y} << 32 | place;
-      reinterpret_cast<int32_t*>(p.a.src_info)[place] = static_cast<int32_t>(token);
-    }
-    if (thread == 0) map()[0] = uint64_t{static_cast<uint32_t>(__popc(placed))} << 32 | token;
+    arch::st_v2_if(in_expert != kNowhere, map() + 1 + __popc(placed & ((1u << thread) - 1)),
+                   {place, entry.y});
+    arch::st_u32_if(in_expert != kNowhere, reinterpret_cast<int32_t*>(p.a.src_info) + place, token);
+    arch::st_v2_if(thread == 0, map(), {token, static_cast<uint32_t>(__popc(placed))});
   }
 }
 
@@ -1133,9 +1155,11 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
     return __shfl_sync(~0u, taken, 0);
   };
   const uint32_t first = threadIdx.x / 32 - kSenderWarps;
-  uint32_t unit = first < kPlacerWarps ? first : take();
+  uint32_t unit = first < P::kPlacerWarps ? first : take();
 #pragma unroll 1
   for (;; unit = take()) {
+    // To poll what is not likely to come would cost other warps time.
+    if (!certain && unit >= p.plan.likely_units) await(&fixed->placeable, 0);
     constexpr uint32_t kTurns = 8;
     const uint32_t later = unit % kTurns < gridDim.x ? unit % kTurns : 0;
     const uint32_t block = blockIdx.x + later;
@@ -1152,10 +1176,12 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
   }
 }
 
-template <uint32_t H, bool FP8>
-__global__ void __launch_bounds__(kThreads, 1)
+template <uint32_t H, bool FP8, class W>
+__global__ void __launch_bounds__(W::kThreads, 1)
     dispatch(const __grid_constant__ ep_dispatch_args args, const __grid_constant__ Plan plan) {
-  const Problem<H, FP8> p(args, plan);
+  constexpr uint32_t kRouterWarp = W::kRouterWarp;
+  constexpr uint32_t kFirstReader = W::kFirstReader;
+  const Problem<H, FP8, W> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);
   const Shared& s = plan.shared;
@@ -1166,21 +1192,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t lane = threadIdx.x % 32;
   const Chunk chunk(p);
   const bool has_tokens = sends && chunk.size() != 0;
+  const bool counts = has_tokens || (sends && tells_counts(p));
 
   // What tasks need first is on its way while the block meets.
   Group16 x;
   RouterLoad entry;
-  PlacerIds ids;
+  TokenIds ids;
   ControlLoad known;
   if (warp < kSenderWarps) {
     // bf16 is not needed before its routes are, which need the ids first.
     if (FP8 && has_tokens) x = load_group(p, chunk.from, threadIdx.x);
   } else if (warp < kRouterWarp) {
-    if (sends) {
+    if (counts) {
       ids = load_ids(p, 0, chunk.from);
-      clear(s.rank_rows, s.row_base);
+      clear<W>(s.rank_rows, s.row_base);
       // The scales of a row may end within a piece of a line.
-      clear(s.scales, s.body);
+      clear<W>(s.scales, s.body);
     }
   } else if (warp == kRouterWarp) {
     if (has_tokens) entry = RouterLoad(p, chunk, chunk.from);
@@ -1188,19 +1215,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     known = ControlLoad(g, control);
   } else if (threadIdx.x == 32 * kFirstReader + 32) {
     arch::mbarrier_init(&fixed->known, 32);
+    arch::mbarrier_init(&fixed->counted, W::kPlacers);
     for (uint32_t i = 0; i < kPlaces; ++i) {
       arch::mbarrier_init(&fixed->routed[i], 32);
       arch::mbarrier_init(&fixed->sent[i], kSenders);
     }
-    arch::mbarrier_init(&fixed->placeable, kReaders);
-    fixed->units_taken = kPlacerWarps;
+    arch::mbarrier_init(&fixed->placeable, W::kReaders);
+    fixed->units_taken = W::kPlacerWarps;
   }
   __syncthreads();
 
   if (warp < kSenderWarps) {
     if (has_tokens) send(p, s, chunk, x);
   } else if (warp < kRouterWarp) {
-    if (sends) count(p, s, chunk, ids);
+    if (counts) count(p, s, chunk, ids);
     if (warp == kRouterWarp - 1) {
       await(&fixed->known, 0);
       if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
@@ -1223,15 +1251,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-using DispatchKernel = void(const ep_dispatch_args, const Plan);
+struct DispatchKernel {
+  void (*kernel)(const ep_dispatch_args, const Plan);
+  uint32_t threads;
+};
 
-template <bool FP8>
-DispatchKernel* kernel_for(uint32_t hidden) {
+template <uint32_t H, bool FP8, class W>
+constexpr DispatchKernel kKernel = {dispatch<H, FP8, W>, W::kThreads};
+
+template <bool FP8, class W>
+const DispatchKernel& kernel_for(uint32_t hidden) {
   switch (hidden) {
-  case 3584: return dispatch<3584, FP8>;
-  case 7168: return dispatch<7168, FP8>;
-  default: return dispatch<0, FP8>;
+  case 3584: return kKernel<3584, FP8, W>;
+  case 7168: return kKernel<7168, FP8, W>;
+  default: return kKernel<0, FP8, W>;
   }
+}
+
+// Both ways give the same bits.
+const DispatchKernel& kernel_for(const ep_dispatch_args& a, bool fp8, uint32_t grid) {
+  const bool few = a.handle.num_tokens <= grid && lanes_count_tokens(a.group, a.handle.top_k);
+  if (fp8)
+    return few ? kernel_for<true, FewTokens>(a.group.hidden)
+               : kernel_for<true, ManyTokens>(a.group.hidden);
+  return few ? kernel_for<false, FewTokens>(a.group.hidden)
+             : kernel_for<false, ManyTokens>(a.group.hidden);
+}
+
+// Loads every kernel of a way onto the current device.
+template <class W>
+cudaError_t load_way() {
+  return load(dispatch<3584, false, W>, dispatch<3584, true, W>, dispatch<7168, false, W>,
+              dispatch<7168, true, W>, dispatch<0, false, W>, dispatch<0, true, W>);
 }
 
 bool is_sound(const ep_dispatch_args& a) {
@@ -1259,8 +1310,8 @@ bool is_sound(const ep_dispatch_args& a) {
 }  // namespace ep
 
 cudaError_t ep::load_dispatch() {
-  return load(dispatch<3584, false>, dispatch<3584, true>, dispatch<7168, false>,
-              dispatch<7168, true>, dispatch<0, false>, dispatch<0, true>);
+  const cudaError_t e = load_way<FewTokens>();
+  return e != cudaSuccess ? e : load_way<ManyTokens>();
 }
 
 extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream,
@@ -1270,15 +1321,15 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   const DeviceGuard device(args->group.device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
   const bool fp8 = (args->flags & EP_DISPATCH_FP8) != 0;
-  DispatchKernel* kernel =
-      fp8 ? kernel_for<true>(args->group.hidden) : kernel_for<false>(args->group.hidden);
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
   if (e != cudaSuccess) return status_of(e, cuda_error);
   const Plan plan(*args, fp8, grid);
-  e = allow_shared(kernel, plan.shared.bytes);
+  const DispatchKernel& k = kernel_for(*args, fp8, grid);
+  e = allow_shared(k.kernel, plan.shared.bytes);
   if (e == cudaSuccess) {
-    kernel<<<grid, kThreads, plan.shared.bytes, static_cast<cudaStream_t>(stream)>>>(*args, plan);
+    k.kernel<<<grid, k.threads, plan.shared.bytes, static_cast<cudaStream_t>(stream)>>>(*args,
+                                                                                        plan);
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);
