@@ -443,7 +443,7 @@ __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uin
   const uint32_t position = arch::ld_shared_u32_if(entry.valid, expert_rows);
   arch::st_shared_u32_if(entry.leads, rank_rows, slot + 1);
   arch::st_shared_u32_if(entry.valid, expert_rows, position + 1);
-  __syncwarp();  // of the next token, other lanes count these
+  __syncwarp();  // other lanes read them for the next token
   slot = __shfl_sync(~0u, slot, __ffs(entry.same) - 1);
   const uint32_t first = place * Shared::max_destinations(g, top_k);
   const uint32_t at = first + r.destination;
