@@ -165,10 +165,10 @@ fn all_report(what: &str, expected: &str) {
             let group: Vec<_> = (0..SIZE)
                 .map(|rank| start(what, &place, rank, kind))
                 .collect();
-            (kind, group)
+            (kind, place, group)
         })
         .collect();
-    for (kind, group) in groups {
+    for (kind, _place, group) in groups {
         for process in group {
             assert_eq!(process.report().as_deref(), Some(expected), "{kind:?}");
         }

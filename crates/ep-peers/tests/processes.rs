@@ -102,7 +102,6 @@ fn a_socket_in_use_is_not_taken_over() {
     let error = meet(&place, 0, SIZE, TOKEN, soon).unwrap_err();
     assert!(chain(&error).contains("in use"), "{}", chain(&error));
     assert!(std::path::Path::new(path).exists());
-    std::fs::remove_file(path).unwrap();
 }
 
 #[test]
@@ -136,9 +135,9 @@ fn spoil(bad_rank: u32, role: Option<&str>, expected: &str) {
             .filter(|&rank| rank != bad_rank)
             .map(|rank| (rank, survivor(&place, rank)))
             .collect();
-        (transport, survivors, bad)
+        (transport, place, survivors, bad)
     });
-    for (transport, survivors, _bad) in groups {
+    for (transport, _place, survivors, _bad) in groups {
         hold_to_their_word(transport, survivors, expected);
     }
 }

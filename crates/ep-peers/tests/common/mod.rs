@@ -12,8 +12,10 @@
 
 pub mod memory;
 
+use std::fs;
 use std::io::Read;
 use std::net::TcpListener;
+use std::ops::Deref;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -115,11 +117,31 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Where test processes meet, as a word that fits a role.
-pub fn meeting_place(transport: &str) -> String {
+#[derive(Debug)]
+pub struct Place(String);
+
+impl Deref for Place {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Place {
+    /// A rank 0 that was killed leaves its socket.
+    fn drop(&mut self) {
+        if let Some(path) = self.strip_prefix("path:") {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+pub fn meeting_place(transport: &str) -> Place {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let unique = format!("ep-peers-{}-{count}", std::process::id());
-    match transport {
+    Place(match transport {
         "tcp" => {
             let free = TcpListener::bind("127.0.0.1:0").unwrap();
             format!("tcp:{}", free.local_addr().unwrap().port())
@@ -127,7 +149,7 @@ pub fn meeting_place(transport: &str) -> String {
         "path" => format!("path:{}", std::env::temp_dir().join(unique).display()),
         "abstract" => format!("abstract:{unique}"),
         _ => panic!("{transport}"),
-    }
+    })
 }
 
 /// Meets the others as one rank.
