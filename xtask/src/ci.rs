@@ -11,10 +11,11 @@ use crate::{build_kernels, codegen, demo, format, test, tidy};
 type Step = (&'static str, fn(&Repo) -> Result<()>);
 
 /// Cheap ones first. One that fails does not keep the others from reporting.
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     ("format", |repo| format::run(repo, &["--check".into()])),
     ("tidy", |repo| tidy::run(repo, &[])),
     ("clippy", clippy),
+    ("fuzzers", fuzzers),
     ("bindings", |repo| codegen::run(repo, &["--check".into()])),
     ("tests", |repo| test::run(repo, &[])),
     ("rustdoc", rustdoc),
@@ -68,6 +69,18 @@ fn clippy(repo: &Repo) -> Result<()> {
         "cargo clippy --workspace --all-targets {features...} -- -D warnings"
     )
     .run()?)
+}
+
+/// The fuzzers' own code, type-checked: libFuzzer stays out of it, as nothing is linked.
+fn fuzzers(repo: &Repo) -> Result<()> {
+    let target = repo.target.join("fuzz");
+    let check = cmd!(
+        repo.sh,
+        "cargo check --locked --manifest-path fuzz/Cargo.toml --target-dir {target}"
+    );
+    Ok(check
+        .env("CUSTOM_LIBFUZZER_PATH", target.join("libnone.a"))
+        .run()?)
 }
 
 /// What is compiled with the CUDA kernels only: linted, linked, and started without a driver.
