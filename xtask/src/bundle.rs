@@ -15,15 +15,9 @@ use crate::toolkit;
 const MAX_BYTES: u64 = 60 << 20;
 
 /// Tests of the checkout or of the build machine, which a GPU host has not: they start `ep` where
-/// cargo put it (the script does that itself), compile the header, or read the fuzzers' corpora; and
-/// the largest that needs simulated drivers alone.
+/// cargo put it (the script does that itself), compile the header, or read the fuzzers' corpora.
 const PACKAGES_LEFT: [&str; 2] = ["xtask", "ep-cli"];
-const TESTS_LEFT: [&str; 4] = [
-    "ep-kernels.abi",
-    "ep-peers.corpus",
-    "ep-sim.corpus",
-    "ep.faults",
-];
+const TESTS_LEFT: [&str; 3] = ["ep-kernels.abi", "ep-peers.corpus", "ep-sim.corpus"];
 
 const RUN_TESTS: &str = include_str!("run-tests.sh");
 

@@ -10,11 +10,6 @@ __device__ __forceinline__ void bar_sync(uint32_t id, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives at barrier `id` without waiting; orders memory as bar_sync does.
-__device__ __forceinline__ void bar_arrive(uint32_t id, uint32_t threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Nanoseconds since boot, the same clock on every multiprocessor; ticks of up to about a
 // microsecond.
 __device__ __forceinline__ uint64_t globaltimer_ns() {

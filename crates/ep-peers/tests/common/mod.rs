@@ -116,7 +116,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Where test processes meet, as a word that fits a role.
+/// Where test processes meet, as a word that fits a role. Held for as long as they may meet.
 #[derive(Debug)]
 pub struct Place(String);
 
@@ -137,6 +137,7 @@ impl Drop for Place {
     }
 }
 
+/// A new place, for an exchange by `tcp`, `path` or `abstract`.
 pub fn meeting_place(transport: &str) -> Place {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
