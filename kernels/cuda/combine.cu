@@ -8,6 +8,9 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
+#include "arch/predicated.cuh"
 #include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
@@ -17,6 +20,7 @@ namespace ep {
 namespace {
 
 constexpr uint32_t kNowhere = ~0u;
+constexpr uint32_t kNothing = 0x80008000;  // -0 twice: what is added to it stays as it is
 constexpr uint32_t kWeightsPerLine = EP_LINE_DATA_BYTES / 4;
 
 // A way to divide the work. A unit is `Pieces` pieces of a line for each lane of a warp: small ones
@@ -30,18 +34,32 @@ struct Way {
   static constexpr uint32_t kLines = Pieces * kLinesPerWarp;
 };
 
+// Where partials stand, in lines from a buffer's beginning.
+struct PartialLines {
+  uint32_t first;
+  uint32_t per_owner;
+  uint32_t per_slot;
+  explicit PartialLines(const ep_combine_args& a)
+      : first(lines(a.layout.partials + a.handle.slot * a.layout.partials_slot_stride)),
+        per_owner(lines(a.layout.partials_source_stride)),
+        per_slot(lines(a.layout.partial_stride)) {}
+  static uint32_t lines(uint64_t bytes) { return static_cast<uint32_t>(bytes / kLine); }
+};
+
 // What the host works out once for all blocks.
 struct Plan {
   Divisor ranks;
+  PartialLines partials;
   uint32_t units_per_row;
   // From a warp's unit of received rows to its next: as many units as there are warps.
   uint32_t step_segment;
   uint32_t step_turn;
   uint32_t step_slot;
-  Plan(const ep_group& g, uint32_t lines_per_unit, uint32_t warps)
-      : ranks(g.num_ranks), units_per_row(div_up(bf16_row(g.hidden).lines(), lines_per_unit)),
-        step_segment(warps % units_per_row), step_turn(warps / units_per_row % g.num_ranks),
-        step_slot(warps / units_per_row / g.num_ranks) {}
+  Plan(const ep_combine_args& a, uint32_t lines_per_unit, uint32_t warps)
+      : ranks(a.group.num_ranks), partials(a),
+        units_per_row(div_up(bf16_row(a.group.hidden).lines(), lines_per_unit)),
+        step_segment(warps % units_per_row), step_turn(warps / units_per_row % ranks.value),
+        step_slot(warps / units_per_row / ranks.value) {}
 };
 
 // H is the hidden size where it is known at compile time.
@@ -61,20 +79,16 @@ struct Problem : W {
   __device__ __forceinline__ uint32_t units_per_row() const {
     return H != 0 ? div_up(bf16_row(H).lines(), W::kLines) : plan.units_per_row;
   }
-  // Where `owner`'s partials for this rank, or this rank's for others, stand in the buffer at
-  // `base`.
-  __device__ __forceinline__ uint64_t partial_at(uint64_t base, uint32_t owner,
-                                                 uint32_t slot) const {
-    return base + a.layout.partials + a.handle.slot * a.layout.partials_slot_stride +
-           owner * a.layout.partials_source_stride + slot * a.layout.partial_stride;
+  // The first line of `owner`'s partial of a slot.
+  __device__ __forceinline__ uint32_t partial_at(uint32_t owner, uint32_t slot) const {
+    return plan.partials.first + owner * plan.partials.per_owner + slot * plan.partials.per_slot;
   }
-  // Whose partials a line of the buffer belongs to. Only for reports, and no division, which would
-  // cost registers everywhere.
+  // Whose partials a line belongs to. Only for reports, and no division, which would cost registers
+  // everywhere.
   __device__ __forceinline__ uint32_t owner_of(uint32_t line) const {
-    const uint64_t offset = uint64_t{line} * kLine;
     uint32_t owner = 0;
 #pragma unroll 1
-    while (offset >= partial_at(0, owner + 1, 0)) ++owner;
+    while (line >= partial_at(owner + 1, 0)) ++owner;
     return owner;
   }
   __device__ __forceinline__ uint64_t weights_at(uint64_t base, uint32_t source,
@@ -252,63 +266,85 @@ __device__ __forceinline__ void store_unit(const P& p, uint64_t epoch, uint64_t 
   const LaneInLine lane;
   const uint32_t lines = p.row().lines();
   const uint32_t line = first_line + lane.line;
-  uint8_t* to = reinterpret_cast<uint8_t*>(p.partial_at(partner, p.a.group.rank, slot)) +
-                line * kLine + lane.piece * 16;
+  // Of 16 bytes, a line's last piece is 8.
+  const bool upper = line % 2 != 0;
+  uint8_t* to = reinterpret_cast<uint8_t*>(partner) +
+                uint64_t{p.partial_at(p.a.group.rank, slot) + line} * kLine + lane.piece * 16;
   __syncwarp();  // the lanes of a line store together
 #pragma unroll
   for (uint32_t i = 0; i < P::kPieces; ++i) {
     uint4 v = pack(sum[i]);
-    if (lane.last()) v = seal({v.x, v.y}, epoch);
-    if (p.kWholeUnits || line + i * kLinesPerWarp < lines)
+    if (lane.last()) v = seal(upper ? uint2{v.z, v.w} : uint2{v.x, v.y}, epoch);
+    if (P::kWholeUnits || line + i * kLinesPerWarp < lines)
       arch::st_relaxed_sys_v4(to + i * kLinesPerWarp * kLine, v);
   }
 }
 
-// Reduces a unit of one received row. One warp.
+// What a lane loads of a unit of a row of y, as addresses in row 0: for a piece of 8 bytes the 16
+// that contain it, and for one that the row does not have its last 16, so that all lanes load alike.
+template <class P>
+struct RowPieces {
+  uint64_t at[P::kPieces];
+  __device__ __forceinline__ RowPieces(const P& p, uint32_t first_line) {
+    const LaneInLine lane;
+    const LanePieces pieces(p.row(), lane, first_line + lane.line);
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i) {
+      at[i] = p.a.y + min((pieces.first + i * pieces.step) & ~15u, p.row_bytes() - 16);
+      asm("" : "+l"(at[i]));  // one number, to which a row is added by one instruction
+    }
+  }
+};
+
+// Adds a unit of the rows of entries [e, e + N), all of which are loaded before the first is added.
+// To nothing, if they are the first.
+template <uint32_t N, bool First, class P>
+__device__ __forceinline__ void add_rows(const P& p, const RowPieces<P>& pieces,
+                                         const RowEntries& entries, uint32_t e,
+                                         Channels (&sum)[P::kPieces]) {
+  uint4 rows[N][P::kPieces];
+#pragma unroll
+  for (uint32_t j = 0; j < N; ++j) {
+    const uint64_t row = uint64_t{__shfl_sync(~0u, entries.row, e + j)} * p.row_bytes();
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i)
+      rows[j][i] = arch::ld_stream_v4(reinterpret_cast<const void*>(pieces.at[i] + row));
+  }
+#pragma unroll
+  for (uint32_t j = 0; j < N; ++j) {
+    const float weight = __shfl_sync(~0u, entries.weight, e + j);
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i) {
+      const Channels c = unpack(rows[j][i]);
+#pragma unroll
+      for (int v = 0; v < 8; ++v)
+        sum[i].v[v] = First && j == 0 ? weight * c.v[v] : fmaf(weight, c.v[v], sum[i].v[v]);
+    }
+  }
+}
+
+// As add_rows, of `n` entries: between one and `Most`.
+template <uint32_t Most, bool First, class P>
+__device__ __forceinline__ void add_some_rows(const P& p, const RowPieces<P>& pieces,
+                                              const RowEntries& entries, uint32_t e, uint32_t n,
+                                              Channels (&sum)[P::kPieces]) {
+  if constexpr (Most > 1) {
+    if (n < Most) return add_some_rows<Most - 1, First>(p, pieces, entries, e, n, sum);
+  }
+  add_rows<Most, First>(p, pieces, entries, e, sum);
+}
+
+// Reduces a unit of one received row, which has at least one entry. One warp.
 template <class P>
 __device__ __forceinline__ void send_unit(const P& p, uint64_t epoch, uint64_t partner,
                                           uint32_t slot, uint32_t first_line,
                                           const RowEntries& entries) {
-  const LaneInLine lane;
-  const LanePieces pieces(p.row(), lane, first_line + lane.line);
-  const uint8_t* y = reinterpret_cast<const uint8_t*>(p.a.y) + pieces.first;
-
-  // What is added to -0 stays as it is, -0 too.
+  const RowPieces<P> pieces(p, first_line);
   Channels sum[P::kPieces];
-#pragma unroll
-  for (uint32_t i = 0; i < P::kPieces; ++i)
-#pragma unroll
-    for (float& v : sum[i].v) v = -0.0f;
+  add_some_rows<P::kEntries, true>(p, pieces, entries, 0, entries.count, sum);
 #pragma unroll 1
-  for (uint32_t e = 0; e < entries.count; e += P::kEntries) {
-    uint4 rows[P::kEntries][P::kPieces];
-#pragma unroll
-    for (uint32_t j = 0; j < P::kEntries; ++j) {
-      const uint8_t* at = y + uint64_t{__shfl_sync(~0u, entries.row, e + j)} * p.row_bytes();
-#pragma unroll
-      for (uint32_t i = 0; i < P::kPieces; ++i) {
-        rows[j][i] = {};
-        if (e + j >= entries.count || !pieces.has(i)) continue;
-        if (!pieces.tail) {
-          rows[j][i] = arch::ld_stream_v4(at + i * LanePieces::kBodyStep);
-        } else {
-          const uint2 half = arch::ld_stream_v2(at + i * LanePieces::kTailStep);
-          rows[j][i] = {half.x, half.y, 0, 0};
-        }
-      }
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < P::kEntries; ++j) {
-      if (e + j >= entries.count) break;
-      const float weight = __shfl_sync(~0u, entries.weight, e + j);
-#pragma unroll
-      for (uint32_t i = 0; i < P::kPieces; ++i) {
-        const Channels c = unpack(rows[j][i]);
-#pragma unroll
-        for (int v = 0; v < 8; ++v) sum[i].v[v] = fmaf(weight, c.v[v], sum[i].v[v]);
-      }
-    }
-  }
+  for (uint32_t e = P::kEntries; e < entries.count; e += P::kEntries)
+    add_some_rows<P::kEntries, false>(p, pieces, entries, e, entries.count - e, sum);
   store_unit(p, epoch, partner, slot, first_line, sum);
 }
 
@@ -364,6 +400,7 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
 #pragma unroll 1
   while (unit.slot < most) {
     RowEntries entries = next;
+    entries.count = __reduce_max_sync(~0u, entries.count);  // the same, as the compiler then knows
     const uint32_t source = unit.source(p);
     const uint32_t slot = unit.slot;
     const uint32_t first_line = unit.segment * P::kLines;
@@ -380,21 +417,87 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
   }
 }
 
-// Sums a unit of one token's partials. One warp.
+// Adds a unit of the partials whose lines of this lane begin at `at`, `N` of them, all of which are
+// loaded before the first is added. To nothing, if they are the first. What does not come in time
+// is left out. Returns which: bit n for the nth.
+template <uint32_t N, bool First, class P>
+__device__ __forceinline__ uint32_t add_partials(const P& p, uint64_t epoch,
+                                                 const uint32_t (&at)[P::kPartials], uint32_t line,
+                                                 Channels (&sum)[P::kPieces]) {
+  const ep_group& g = p.a.group;
+  const LaneInLine lane;
+  const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank)) + lane.piece * 16;
+  uint4 piece[N][P::kPieces];
+  auto has = [&](uint32_t i) {
+    return P::kWholeUnits || line + i * kLinesPerWarp < p.row().lines();
+  };
+  auto load = [&](uint32_t n) {
+    const uint8_t* from = base + uint64_t{at[n]} * kLine;
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i)
+      piece[n][i] = has(i) ? arch::ld_relaxed_sys_v4(from + i * kLinesPerWarp * kLine) : uint4{};
+  };
+  auto is_here = [&](uint32_t n) {
+    bool here = true;
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i) here &= !has(i) || sealed(piece[n][i], epoch);
+    return __all_sync(~0u, here || !lane.last());
+  };
+  uint32_t missing = 0;
+#pragma unroll
+  for (uint32_t n = 0; n < N; ++n) load(n);
+#pragma unroll
+  for (uint32_t n = 0; n < N; ++n) missing |= is_here(n) ? 0 : 1u << n;
+  Patience patience;
+#pragma unroll 1
+  while (missing != 0) {
+#pragma unroll
+    for (uint32_t n = 0; n < N; ++n)
+      if ((missing >> n & 1) != 0) load(n);
+#pragma unroll
+    for (uint32_t n = 0; n < N; ++n)
+      if ((missing >> n & 1) != 0 && is_here(n)) missing &= ~(1u << n);
+    if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]] {
+#pragma unroll
+      for (uint32_t n = 0; n < N; ++n)
+#pragma unroll
+        for (uint32_t i = 0; i < P::kPieces; ++i)
+          if ((missing >> n & 1) != 0) piece[n][i] = {kNothing, kNothing, kNothing, kNothing};
+      break;
+    }
+  }
+#pragma unroll
+  for (uint32_t n = 0; n < N; ++n) {
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i) {
+      const Channels c = unpack(piece[n][i]);
+#pragma unroll
+      for (int v = 0; v < 8; ++v) sum[i].v[v] = First && n == 0 ? c.v[v] : sum[i].v[v] + c.v[v];
+    }
+  }
+  return missing;
+}
+
+// As add_partials, of `n`: between one and `Most`.
+template <uint32_t Most, bool First, class P>
+__device__ __forceinline__ uint32_t add_some_partials(const P& p, uint64_t epoch,
+                                                      const uint32_t (&at)[P::kPartials],
+                                                      uint32_t line, uint32_t n,
+                                                      Channels (&sum)[P::kPieces]) {
+  if constexpr (Most > 1) {
+    if (n < Most) return add_some_partials<Most - 1, First>(p, epoch, at, line, n, sum);
+  }
+  return add_partials<Most, First>(p, epoch, at, line, sum);
+}
+
+// Sums a unit of one token's partials. `route` is the lane's entry's. One warp.
 template <class P>
 __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partners, uint64_t epoch,
-                                             uint32_t token, uint32_t first_line) {
+                                             uint32_t token, uint32_t first_line, uint32_t route) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
-  const RowShape shape = p.row();
   const uint32_t line = first_line + lane.line;
-  uint32_t route = kNowhere;
-  if (thread < p.a.handle.top_k)
-    route =
-        reinterpret_cast<const uint32_t*>(p.a.handle.route)[uint64_t{token} * g.max_top_k + thread];
-
-  const uint8_t* base = reinterpret_cast<const uint8_t*>(peer_base(g, g.rank)) + lane.piece * 16;
   // What a rank that takes no part had promised does not come.
   if (route != kNowhere && partners[route >> 16] == 0) [[unlikely]] {
     if (peer_base(g, route >> 16) == 0)
@@ -403,92 +506,72 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
     route = kNowhere;
   }
 
-  Channels sum[P::kPieces] = {};
-  uint32_t next = __reduce_min_sync(~0u, route);
+  Channels sum[P::kPieces];
   bool any = false;
+  uint32_t next = __reduce_min_sync(~0u, route);
+  // Owners ascend, some at a time.
+  auto add = [&](auto first) {
+    uint32_t at[P::kPartials];
+    uint32_t n = 0;
+#pragma unroll
+    for (uint32_t m = 0; m < P::kPartials; ++m) {
+      at[m] = p.partial_at(next >> 16, next & 0xffff) + line;
+      if (next == kNowhere) continue;
+      ++n;
+      if (route == next) route = kNowhere;
+      next = __reduce_min_sync(~0u, route);
+    }
+    const uint32_t missing =
+        add_some_partials<P::kPartials, decltype(first)::value>(p, epoch, at, line, n, sum);
+    any |= missing != (1u << n) - 1;
+    if (missing == 0) return;
+    uint32_t mine_at = at[0];
+#pragma unroll
+    for (uint32_t m = 1; m < P::kPartials; ++m)
+      if (thread == m) mine_at = at[m];
+    if ((missing >> thread & 1) != 0)
+      report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
+  };
+  if (next != kNowhere) add(std::true_type());
 #pragma unroll 1
-  while (next != kNowhere) {
-    // Owners ascend, some at a time.
-    uint32_t at[P::kPartials];  // the lane's first line, counted from the buffer's base
-    uint4 piece[P::kPartials][P::kPieces];
-    uint32_t wanted = 0;
+  while (next != kNowhere) add(std::false_type());
+  if (!any) {
 #pragma unroll
-    for (uint32_t n = 0; n < P::kPartials; ++n) {
-      at[n] = static_cast<uint32_t>(p.partial_at(0, next >> 16, next & 0xffff) / kLine) + line;
-#pragma unroll
-      for (uint32_t i = 0; i < P::kPieces; ++i) piece[n][i] = {};
-      if (next != kNowhere) {
-        wanted |= 1u << n;
-        if (route == next) route = kNowhere;
-        next = __reduce_min_sync(~0u, route);
-      }
-    }
-    Patience patience;
-    uint32_t missing = wanted;
-    while (missing != 0) {
-#pragma unroll
-      for (uint32_t n = 0; n < P::kPartials; ++n) {
-        if ((missing >> n & 1) == 0) continue;
-        const uint8_t* from = base + uint64_t{at[n]} * kLine;
-#pragma unroll
-        for (uint32_t i = 0; i < P::kPieces; ++i)
-          if (line + i * kLinesPerWarp < shape.lines())
-            piece[n][i] = arch::ld_relaxed_sys_v4(from + i * kLinesPerWarp * kLine);
-      }
-#pragma unroll
-      for (uint32_t n = 0; n < P::kPartials; ++n) {
-        bool here = true;
-#pragma unroll
-        for (uint32_t i = 0; i < P::kPieces; ++i)
-          here &= line + i * kLinesPerWarp >= shape.lines() || sealed(piece[n][i], epoch);
-        if ((missing >> n & 1) != 0 && __all_sync(~0u, here || !lane.last())) missing &= ~(1u << n);
-      }
-      if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]] {
-        uint32_t mine_at = at[0];
-#pragma unroll
-        for (uint32_t n = 1; n < P::kPartials; ++n)
-          if (thread == n) mine_at = at[n];
-        if (thread < P::kPartials && (missing >> thread & 1) != 0)
-          report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
-        break;
-      }
-    }
-#pragma unroll
-    for (uint32_t n = 0; n < P::kPartials; ++n) {
-      if (((wanted & ~missing) >> n & 1) == 0) continue;
-#pragma unroll
-      for (uint32_t i = 0; i < P::kPieces; ++i) {
-        const Channels c = unpack(piece[n][i]);
-#pragma unroll
-        for (int v = 0; v < 8; ++v) sum[i].v[v] = any ? sum[i].v[v] + c.v[v] : c.v[v];
-      }
-      any = true;
-    }
+    for (uint32_t i = 0; i < P::kPieces; ++i) sum[i] = {};
   }
 
-  const LanePieces pieces(shape, lane, line);
+  const LanePieces pieces(p.row(), lane, line);
   uint8_t* out =
       reinterpret_cast<uint8_t*>(p.a.out) + uint64_t{token} * p.row_bytes() + pieces.first;
 #pragma unroll
   for (uint32_t i = 0; i < P::kPieces; ++i) {
     const uint4 v = pack(sum[i]);
-    if (!pieces.tail) {
-      if (pieces.first + i * LanePieces::kBodyStep < pieces.end)
-        *reinterpret_cast<uint4*>(out + i * LanePieces::kBodyStep) = v;
-    } else if (pieces.first + i * LanePieces::kTailStep < pieces.end) {
-      *reinterpret_cast<uint2*>(out + i * LanePieces::kTailStep) = {v.x, v.y};
-    }
+    const bool has = pieces.has(i);
+    arch::st_v4_if(has && !pieces.tail, out + i * LanePieces::kBodyStep, v);
+    arch::st_v2_if(has && pieces.tail, out + i * LanePieces::kTailStep, {v.x, v.y});
   }
 }
 
 template <class P>
 __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, uint64_t epoch) {
   const uint32_t units = p.a.handle.num_tokens * p.units_per_row();
-  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t thread = threadIdx.x % 32;
+  const uint32_t step = P::kWarps * gridDim.x;
+  auto load_route = [&](uint32_t u) {
+    const uint32_t* route = reinterpret_cast<const uint32_t*>(p.a.handle.route);
+    return u < units && thread < p.a.handle.top_k
+               ? route[uint64_t{u / p.units_per_row()} * p.a.group.max_top_k + thread]
+               : kNowhere;
+  };
+  // Where a token's partials come from is loaded while those before are on their way.
+  uint32_t u = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  uint32_t next = load_route(u);
 #pragma unroll 1
-  for (uint32_t u = warp * gridDim.x + blockIdx.x; u < units; u += P::kWarps * gridDim.x) {
+  for (; u < units; u += step) {
+    const uint32_t route = next;
+    next = load_route(u + step);
     const uint32_t token = u / p.units_per_row();
-    receive_unit(p, partners, epoch, token, (u - token * p.units_per_row()) * P::kLines);
+    receive_unit(p, partners, epoch, token, (u - token * p.units_per_row()) * P::kLines, route);
   }
 }
 
@@ -544,9 +627,9 @@ constexpr CombineKernel kernel() {
 
 // For few and for many rows a warp.
 template <uint32_t H>
-constexpr CombineKernel kFewRows = kernel<H, Way<1, H != 0 ? 32 : 28, 4, 4>>();
+constexpr CombineKernel kFewRows = kernel<H, Way<1, H != 0 ? 32 : 28, 3, 4>>();
 template <uint32_t H>
-constexpr CombineKernel kManyRows = kernel<H, Way<4, 16, 3, 2>>();
+constexpr CombineKernel kManyRows = kernel<H, Way<5, 16, 2, 2>>();
 
 template <uint32_t H>
 const CombineKernel& kernel_for(bool many_rows) {
@@ -557,7 +640,7 @@ const CombineKernel& kernel_for(bool many_rows) {
 const CombineKernel& kernel_for(const ep_combine_args& a, unsigned grid) {
   // Small units that a warp would have, if all ranks had this rank's number of tokens. With more,
   // instructions are what limits.
-  constexpr uint64_t kMostUnits = 12;
+  constexpr uint64_t kMostUnits = 5;
   const uint64_t rows = uint64_t{a.handle.num_tokens} * most_destinations(a.group, a.handle.top_k);
   const uint64_t units = rows * div_up(bf16_row(a.group.hidden).lines(), kLinesPerWarp);
   const bool many_rows = units > kMostUnits * 32 * grid;
@@ -599,7 +682,7 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
   if (e == cudaSuccess) {
     const CombineKernel& k = kernel_for(*args, grid);
     k.kernel<<<grid, k.threads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(
-        *args, Plan(args->group, k.lines, k.threads / 32 * grid));
+        *args, Plan(*args, k.lines, k.threads / 32 * grid));
     e = cudaGetLastError();
   }
   return status_of(e, cuda_error);

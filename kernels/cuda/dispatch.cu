@@ -277,10 +277,22 @@ struct Counts {
         expert_rows(shared_at<uint32_t>(at + s.expert_rows - s.rank_rows)),
         none(shared_at<uint32_t>(s.none) + threadIdx.x % 32) {}
   // Without branches: a lane that has nothing to count counts it elsewhere.
-  __device__ __forceinline__ void add(bool valid, uint32_t expert, bool leads,
-                                      uint32_t owner) const {
+  __device__ __forceinline__ void add_entry(bool valid, uint32_t expert) const {
     atomicAdd(valid ? &expert_rows[expert] : none, 1);
+  }
+  __device__ __forceinline__ void add_row(bool leads, uint32_t owner) const {
     atomicAdd(leads ? &rank_rows[owner] : none, 1);
+  }
+  // A row of each lane for each of its ranks; bit r: rank r. One warp.
+  __device__ __forceinline__ void add_rows(uint32_t ranks, uint32_t num_ranks) const {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (uint32_t first = 0; first < num_ranks; first += 4) {
+      // Four bits to the low bits of four bytes, which are summed side by side.
+      const uint32_t bytes = (ranks >> first & 0xfu) * 0x00204081u & 0x01010101u;
+      const uint32_t rows = __reduce_add_sync(~0u, bytes) >> (8 * lane & 31) & 0xffu;
+      atomicAdd(lane < 4 && first + lane < num_ranks ? &rank_rows[first + lane] : none, rows);
+    }
   }
 };
 
@@ -328,14 +340,15 @@ __device__ __forceinline__ void count_entries(const P& p, const Counts& counts, 
         bool valid = expert[k] != kNowhere;
 #pragma unroll
         for (uint32_t j = 0; j < k; ++j) valid &= expert[j] != expert[k];
-        const uint32_t owner = p.plan.local_experts.quotient(expert[k]);
-        const bool leads = valid && (owners >> (owner % 32) & 1) == 0;
-        owners |= leads ? 1u << owner % 32 : 0;
-        counts.add(valid, expert[k], leads, owner);
+        const uint32_t owner = 1u << p.plan.local_experts.quotient(expert[k]) % 32;
+        owners |= expert[k] != kNowhere ? owner : 0;
+        counts.add_entry(valid, expert[k]);
       }
+      counts.add_rows(owners, p.a.group.num_ranks);
     } else {
       const Entry e = classify(p, EntryLane(p.plan.entry_shift), expert_of(p, of.id[0]));
-      counts.add(e.valid, e.expert, e.leads, e.owner);
+      counts.add_entry(e.valid, e.expert);
+      counts.add_row(e.leads, e.owner);
     }
   }
 }
@@ -426,40 +439,56 @@ __device__ __forceinline__ Routed order_entries(const P& p, const RouterLoad& lo
   return r;
 }
 
-// Routes one token: slots, positions and headers, left at `place` for the senders. One warp.
-// Returns what combine has to know of the lane's entry.
+// Where the lane's entry of a token goes, and what is known of it before it is counted.
+struct Target {
+  uint64_t rows;       // this rank's at the owner, or 0
+  uint64_t* row_base;  // of the destination
+  uint64_t* entry;     // of its header
+  uint64_t value;      // the entry, but for its position
+};
+
+// Begins to route one token, at `place`. One warp.
 template <class P>
-__device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, uint64_t epoch,
-                                                uint32_t token, uint32_t place, const Routed& r) {
+__device__ __forceinline__ Target find_target(const P& p, const Shared& s, uint64_t epoch,
+                                              uint32_t token, uint32_t place, const Routed& r) {
   const ep_group& g = p.a.group;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
+  const uint32_t max_destinations = Shared::max_destinations(g, top_k);
   const Entry& entry = r.entry;
   const uint32_t owner = entry.valid ? entry.owner : 0;
   const uint64_t partner = shared_at<uint64_t>(s.partners)[owner];
+  uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
+  uint64_t* header =
+      shared_at<uint64_t>(s.header) + (place * max_destinations + r.destination) * (1 + top_k);
+  arch::st_shared_u64_if(entry.leads, header,
+                         uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token);
+  arch::st_shared_u64_if(lane >= r.destinations && lane < max_destinations, row_base + lane, 0);
+  return {partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch), row_base + r.destination,
+          header + 1 + __popc(entry.same & ((1u << lane) - 1)),
+          uint64_t{__float_as_uint(r.weight)} << 32 | lane << 11 |
+              (entry.expert - owner * p.plan.local_experts.value)};
+}
+
+// Routes one token: slots, positions and headers, left for the senders. One warp. Returns what
+// combine has to know of the lane's entry.
+template <class P>
+__device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, const Routed& r,
+                                                const Target& to) {
+  const Entry& entry = r.entry;
+  const uint32_t owner = entry.valid ? entry.owner : 0;
   uint32_t* rank_rows = shared_at<uint32_t>(s.rank_rows) + owner;
   uint32_t* expert_rows = shared_at<uint32_t>(s.expert_rows) + entry.expert;
-  uint32_t slot = arch::ld_shared_u32_if(entry.leads, rank_rows);
+  const uint32_t slot = *rank_rows;
   const uint32_t position = arch::ld_shared_u32_if(entry.valid, expert_rows);
+  __syncwarp();
   arch::st_shared_u32_if(entry.leads, rank_rows, slot + 1);
   arch::st_shared_u32_if(entry.valid, expert_rows, position + 1);
   __syncwarp();  // other lanes read them for the next token
-  slot = __shfl_sync(~0u, slot, __ffs(entry.same) - 1);
-  const uint32_t first = place * Shared::max_destinations(g, top_k);
-  const uint32_t at = first + r.destination;
-  uint64_t* header = shared_at<uint64_t>(s.header) + at * (1 + top_k);
-  uint64_t* row_base = shared_at<uint64_t>(s.row_base);
-  arch::st_shared_u64_if(entry.valid, header + 1 + __popc(entry.same & ((1u << lane) - 1)),
-                         uint64_t{__float_as_uint(r.weight)} << 32 | position << 16 | lane << 11 |
-                             (entry.expert - owner * p.plan.local_experts.value));
-  arch::st_shared_u64_if(entry.leads, header,
-                         uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token);
-  arch::st_shared_u64_if(
-      entry.leads, row_base + at,
-      partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch) + slot * p.a.layout.row_stride);
-  arch::st_shared_u64_if(lane >= r.destinations && lane < Shared::max_destinations(g, top_k),
-                         row_base + first + lane, 0);
-  return entry.valid && partner != 0 ? owner << 16 | slot : kNowhere;
+  arch::st_shared_u64_if(entry.valid, to.entry, to.value | position << 16);
+  arch::st_shared_u64_if(entry.leads, to.row_base,
+                         to.rows == 0 ? 0 : to.rows + slot * p.a.layout.row_stride);
+  return entry.valid && to.rows != 0 ? owner << 16 | slot : kNowhere;
 }
 
 // What the router leaves in memory: off the path of the senders.
@@ -714,13 +743,14 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& 
   Routed routed = order_entries(p, next);
   await(&fixed->known, 0);
   const uint64_t epoch = fixed->send_epoch;
-  await(&fixed->counted, 0);
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t token = chunk.from + i;
     const uint32_t place = i % kPlaces;
     if (i >= kPlaces) await(&fixed->sent[place], i / kPlaces - 1);
-    const uint32_t kept = route_token(p, s, epoch, token, place, routed);
+    const Target target = find_target(p, s, epoch, token, place, routed);
+    if (i == 0) await(&fixed->counted, 0);
+    const uint32_t kept = route_token(p, s, routed, target);
     arch::mbarrier_arrive_release_cta(&fixed->routed[place]);
     next = RouterLoad(p, chunk, token + 1);
     // Of the blocks that share a token, one keeps its route.

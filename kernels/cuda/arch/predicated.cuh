@@ -58,7 +58,7 @@ __device__ __forceinline__ void st_shared_u8_if(bool p, void* to, uint32_t v) {
                : "memory");
 }
 
-// As ld_stream_v4 and ld_stream_v2.
+// As ld_stream_v4.
 __device__ __forceinline__ void ld_stream_v4_if(bool p, const void* from, uint4* v) {
   asm volatile(EP_IF(4, "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5]")
                : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
