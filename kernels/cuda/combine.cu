@@ -280,8 +280,8 @@ __device__ __forceinline__ void store_unit(const P& p, uint64_t epoch, uint64_t 
   }
 }
 
-// What a lane loads of a unit of a row of y, as addresses in row 0: for a piece of 8 bytes the 16
-// that contain it, and for one that the row does not have its last 16, so that all lanes load alike.
+// What a lane loads of a unit of a row of y, as addresses in row 0. All lanes load 16 bytes: for a
+// piece of 8 those that contain it, for one that the row does not have the row's last.
 template <class P>
 struct RowPieces {
   uint64_t at[P::kPieces];
@@ -290,8 +290,9 @@ struct RowPieces {
     const LanePieces pieces(p.row(), lane, first_line + lane.line);
 #pragma unroll
     for (uint32_t i = 0; i < P::kPieces; ++i) {
-      at[i] = p.a.y + min((pieces.first + i * pieces.step) & ~15u, p.row_bytes() - 16);
-      asm("" : "+l"(at[i]));  // one number, to which a row is added by one instruction
+      // One number, to which a row is added by one instruction.
+      at[i] =
+          arch::opaque(p.a.y + min((pieces.first + i * pieces.step) & ~15u, p.row_bytes() - 16));
     }
   }
 };

@@ -20,8 +20,8 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream, DriverError};
 use ep::driver::{CudaDriver, Driver, StreamHandle};
 use ep::{
     BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, DispatchInput,
-    DispatchOptions, DispatchOutputMut, Element, Error, Event, FaultKind, Operation, Phase, Stream,
-    Tensor,
+    DispatchOptions, DispatchOutputMut, Element, Error, Event, Fault, FaultKind, Operation, Phase,
+    Stream, Tensor,
 };
 
 use zerocopy::IntoBytes;
@@ -714,41 +714,53 @@ fn a_late_rank_is_reported_on_gpus() {
         return;
     };
     let case = case(ranks);
-    threads(ranks, |comm| {
-        let device = device(comm.rank()).unwrap();
-        let short = Duration::from_millis(200);
-        let rank = Rank::with(&device, &comm, &case, |b| b.timeout(short)).unwrap();
-        let late = ranks - 1;
-        comm.barrier(PATIENCE).unwrap();
-        if rank.rank() != late {
-            let inputs = case.inputs(0);
-            let oracle = rank.oracle(0, &inputs);
-            let mut tensors = rank.tensors(&oracle).unwrap();
-            let handle = rank.dispatch(&mut tensors).unwrap();
-            rank.stream.synchronize().unwrap();
-            let status = rank.buffer.status_of(&handle).unwrap();
-            let [fault] = status.faults[..] else {
-                panic!("{status:?}");
-            };
-            assert_eq!((fault.rank as usize, fault.phase), (late, Phase::Counts));
-            let FaultKind::Timeout { waited } = fault.kind else {
-                panic!("{fault}");
-            };
-            assert!((short..PATIENCE).contains(&waited), "{waited:?}");
+    // With few multiprocessors, others of the kernels run.
+    for num_sms in [0, 1] {
+        threads(ranks, |comm| report_late_rank(&case, num_sms, &comm));
+    }
+}
 
-            // What came from those that were there is there, and the next operation goes on.
-            let links = common::Links::all(ranks).without(late);
-            let without = Oracle::new(&case, 0, &inputs, links);
-            rank.compare_dispatch(&without, &tensors).unwrap();
-            rank.experts(&without, &mut tensors).unwrap();
-            rank.combine(handle, &mut tensors).unwrap();
-            rank.stream.synchronize().unwrap();
-            let status = rank.buffer.status().unwrap().unwrap();
-            assert_eq!((status.operation, status.epoch), (Operation::Combine, 1));
-        }
-        comm.barrier(PATIENCE).unwrap();
-        rank.buffer.close().unwrap();
-    });
+/// The last rank of the case takes no part; the others say so, and have what came from the rest.
+fn report_late_rank(case: &Case, num_sms: u32, comm: &Communicator) {
+    let device = device(comm.rank()).unwrap();
+    let short = Duration::from_millis(200);
+    let rank = Rank::with(&device, comm, case, |b| b.timeout(short).num_sms(num_sms)).unwrap();
+    let late = case.ranks - 1;
+    comm.barrier(PATIENCE).unwrap();
+    if rank.rank() != late {
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let handle = rank.dispatch(&mut tensors).unwrap();
+        rank.stream.synchronize().unwrap();
+        let status = rank.buffer.status_of(&handle).unwrap();
+        let [fault] = status.faults[..] else {
+            panic!("{status:?}");
+        };
+        assert_eq!((fault.rank as usize, fault.phase), (late, Phase::Counts));
+        let FaultKind::Timeout { waited } = fault.kind else {
+            panic!("{fault}");
+        };
+        assert!((short..PATIENCE).contains(&waited), "{waited:?}");
+
+        // What came from those that were there is there, and the next operation goes on.
+        let links = common::Links::all(case.ranks).without(late);
+        let without = Oracle::new(case, 0, &inputs, links);
+        rank.compare_dispatch(&without, &tensors).unwrap();
+        rank.experts(&without, &mut tensors).unwrap();
+        rank.combine(handle, &mut tensors).unwrap();
+        rank.stream.synchronize().unwrap();
+        rank.compare_combine(&without, &tensors).unwrap();
+        let status = rank.buffer.status().unwrap().unwrap();
+        assert_eq!((status.operation, status.epoch), (Operation::Combine, 1));
+        let of_late = |fault: &Fault| (fault.rank as usize, fault.phase) == (late, Phase::Partials);
+        assert!(
+            !status.faults.is_empty() && status.faults.iter().all(of_late),
+            "{status:?}"
+        );
+    }
+    comm.barrier(PATIENCE).unwrap();
+    rank.buffer.close().unwrap();
 }
 
 #[test]
