@@ -464,10 +464,6 @@ __device__ __forceinline__ uint32_t add_partials(const P& p, uint64_t epoch,
 #pragma unroll
         for (uint32_t i = 0; i < P::kPieces; ++i)
           if ((missing >> n & 1) != 0) piece[n][i] = {kNothing, kNothing, kNothing, kNothing};
-      // The sum of none is 0.
-      if (First && missing == (1u << N) - 1)
-#pragma unroll
-        for (uint32_t i = 0; i < P::kPieces; ++i) piece[0][i] = {};
       break;
     }
   }
@@ -512,6 +508,7 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
   }
 
   Channels sum[P::kPieces];
+  bool any = false;
   uint32_t next = __reduce_min_sync(~0u, route);
   // Owners ascend, some at a time.
   auto add = [&](auto first) {
@@ -527,6 +524,7 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
     }
     const uint32_t missing =
         add_some_partials<P::kPartials, decltype(first)::value>(p, epoch, at, line, n, sum);
+    any |= missing != (1u << n) - 1;
     if (missing == 0) return;
     uint32_t mine_at = at[0];
 #pragma unroll
@@ -535,14 +533,13 @@ __device__ __forceinline__ void receive_unit(const P& p, const uint64_t* partner
     if ((missing >> thread & 1) != 0)
       report_timeout(g, kCombineRecv, epoch, EP_PHASE_PARTIALS, p.owner_of(mine_at));
   };
-  if (next != kNowhere) {
-    add(std::true_type());
-  } else {
+  if (next != kNowhere) add(std::true_type());
+#pragma unroll 1
+  while (next != kNowhere) add(std::false_type());
+  if (!any) {
 #pragma unroll
     for (uint32_t i = 0; i < P::kPieces; ++i) sum[i] = {};
   }
-#pragma unroll 1
-  while (next != kNowhere) add(std::false_type());
 
   const LanePieces pieces(p.row(), lane, line);
   uint8_t* out =
@@ -631,7 +628,7 @@ constexpr CombineKernel kernel() {
 
 // For few and for many rows a warp.
 template <uint32_t H>
-constexpr CombineKernel kFewRows = kernel<H, Way<1, H != 0 ? 32 : 28, 3, 4>>();
+constexpr CombineKernel kFewRows = kernel<H, Way<1, H != 0 ? 32 : 28, 3, 3>>();
 template <uint32_t H>
 constexpr CombineKernel kManyRows = kernel<H, Way<5, 16, 2, 2>>();
 
