@@ -266,7 +266,7 @@ __device__ __forceinline__ void store_unit(const P& p, uint64_t epoch, uint64_t 
   const LaneInLine lane;
   const uint32_t lines = p.row().lines();
   const uint32_t line = first_line + lane.line;
-  // Of 16 bytes, a line's last piece is 8.
+  // A line's last piece is 8 of the 16 bytes that its lane has summed: the upper ones of odd lines.
   const bool upper = line % 2 != 0;
   uint8_t* to = reinterpret_cast<uint8_t*>(partner) +
                 uint64_t{p.partial_at(p.a.group.rank, slot) + line} * kLine + lane.piece * 16;
@@ -640,7 +640,7 @@ const CombineKernel& kernel_for(bool many_rows) {
 // All ways give the same bits.
 const CombineKernel& kernel_for(const ep_combine_args& a, unsigned grid) {
   // Small units that a warp would have, if all ranks had this rank's number of tokens. With more,
-  // instructions are what limits.
+  // large ones are faster (docs/performance.md).
   constexpr uint64_t kMostUnits = 5;
   const uint64_t rows = uint64_t{a.handle.num_tokens} * most_destinations(a.group, a.handle.top_k);
   const uint64_t units = rows * div_up(bf16_row(a.group.hidden).lines(), kLinesPerWarp);

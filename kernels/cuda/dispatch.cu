@@ -481,7 +481,7 @@ __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, con
   uint32_t* expert_rows = shared_at<uint32_t>(s.expert_rows) + entry.expert;
   const uint32_t slot = *rank_rows;
   const uint32_t position = arch::ld_shared_u32_if(entry.valid, expert_rows);
-  __syncwarp();
+  __syncwarp();  // all lanes of an owner have read its rows before one counts on
   arch::st_shared_u32_if(entry.leads, rank_rows, slot + 1);
   arch::st_shared_u32_if(entry.valid, expert_rows, position + 1);
   __syncwarp();  // other lanes read them for the next token

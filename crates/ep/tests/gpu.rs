@@ -713,8 +713,13 @@ fn a_late_rank_is_reported_on_gpus() {
     let Some(&ranks) = groups(4).iter().find(|ranks| **ranks > 1) else {
         return;
     };
-    let case = case(ranks);
-    // With few multiprocessors, others of the kernels run.
+    // So many rows that one multiprocessor takes the kernels for many, and all of them those for few.
+    let case = Case {
+        hidden: 1024,
+        max_tokens: 64,
+        tokens: (0..ranks).map(|rank| 64 - rank).collect(),
+        ..case(ranks)
+    };
     for num_sms in [0, 1] {
         threads(ranks, |comm| report_late_rank(&case, num_sms, &comm));
     }
