@@ -10,6 +10,12 @@
 //             copy them to the rows' experts; so does every warp that has done its own task.
 // The last block tells every rank its counts.
 //
+// What a multiprocessor loads waits behind what it has stored to peers, for as long as the links
+// take for that. So where there are enough of them, the first blocks only send, each of them a few
+// tokens in turn, and the others only place: rows then arrive one after the other, are found at
+// once, and are copied while the next ones are on the wire. With few multiprocessors all blocks do
+// both, for there the links are not what limits.
+//
 // With few tokens the time is that of dependent instructions, of which a warp does one in about ten
 // cycles, while the block's other warps take the issue slots in between. So each task is one
 // stretch of code without divergent branches, has done all that it can before it waits, and waits
@@ -31,10 +37,15 @@ namespace {
 constexpr uint32_t kSenderWarps = 14;
 constexpr uint32_t kSenders = 32 * kSenderWarps;
 
-// How many warps have the other tasks: more where there are many rows, fewer where every
-// instruction of one warp is time for which the others wait.
-template <uint32_t PlacerWarps, uint32_t ReaderWarps>
+// How many warps have the other tasks, and how many lines a warp places at a time: more where there
+// are many rows, fewer where every instruction of one warp is time for which the others wait.
+template <uint32_t PlacerWarps, uint32_t ReaderWarps, uint32_t Loads>
 struct Way {
+  static constexpr uint32_t kLoads = Loads;  // of lines, in flight per lane and unit of placing
+  static constexpr uint32_t kUnitLines = Loads * kLinesPerWarp;
+  // Where many warps wait, what they read meanwhile others cannot: there they watch one epoch only,
+  // of the line that is stored last, while something is missing.
+  static constexpr bool kWatches = Loads > 1;
   static constexpr uint32_t kPlacerWarps = PlacerWarps;
   static constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
   static constexpr uint32_t kFirstReader = kRouterWarp + 1;
@@ -42,18 +53,15 @@ struct Way {
   static constexpr uint32_t kPlacers = 32 * kPlacerWarps;
   static constexpr uint32_t kReaders = 32 * ReaderWarps;
 };
-using FewTokens = Way<4, 3>;  // at most one a block, and lanes count whole tokens
-using ManyTokens = Way<9, 4>;
+using FewTokens = Way<4, 3, 1>;  // and lanes count whole tokens
+using ManyTokens = Way<9, 4, 2>;
 
 // Named barriers.
 constexpr uint32_t kSendBarrier = 1;   // senders
 constexpr uint32_t kReadBarrier = 2;   // readers
 constexpr uint32_t kTotalBarrier = 3;  // placers
 
-constexpr uint32_t kPlaces = 2;  // for tokens that are quantised, routed and sent, in turn
-constexpr uint32_t kLoads = 2;   // line loads in flight per lane and unit of placing
-constexpr uint32_t kUnitLines = kLoads * kLinesPerWarp;
-constexpr uint32_t kFewUnits = 4;      // of placing in a block: so few that all can be polled whole
+constexpr uint32_t kPlaces = 2;        // for tokens that are quantised, routed and sent, in turn
 constexpr uint32_t kDestinations = 4;  // whose addresses are looked up at once
 constexpr uint32_t kCopies = 4;        // of a row, likewise
 constexpr uint32_t kNowhere = ~0u;
@@ -143,41 +151,67 @@ __host__ __device__ constexpr RowShape row_shape(uint32_t hidden, bool fp8, bool
   return {hidden / (fp8 ? 16 : 8), div_up(scale_words_of(hidden, fp8, ue8m0), 2)};
 }
 
+// Which blocks send, which place, and in which way. All numbers are measured
+// (docs/performance.md).
+struct Division {
+  uint32_t blocks;
+  bool few_tokens;  // the way
+  uint32_t tokens_per_block;
+  uint32_t blocks_per_token;  // more than 1 where blocks share a token's destinations
+  uint32_t first_placing;     // 0: those that send, too
+
+  Division(const ep_dispatch_args& a, uint32_t grid) : blocks(grid), first_placing(0) {
+    constexpr uint32_t kManyBlocks = 96;
+    constexpr uint32_t kParts = EP_DISPATCH_SEND | EP_DISPATCH_RECV;
+    const uint32_t tokens = a.handle.num_tokens;
+    const bool both = (a.flags & kParts) == kParts;
+    const bool divide = both && (grid >= kManyBlocks || 2 * tokens <= grid);
+    const bool few = tokens <= grid && lanes_count_tokens(a.group, a.handle.top_k);
+    few_tokens = few && (divide || !both);
+    const uint32_t senders = !divide ? grid : div_up(grid, few ? 4 : 3);
+    tokens_per_block = div_up(tokens, senders);
+    blocks_per_token = 1;
+    // One multiprocessor alone stores far slower than the links.
+    if (tokens != 0 && 2 * tokens <= senders) {
+      const uint32_t d = most_destinations(a.group, a.handle.top_k);
+      blocks_per_token = senders / tokens < d ? senders / tokens : d;
+    }
+    if (divide && tokens != 0) first_placing = div_up(tokens, tokens_per_block) * blocks_per_token;
+  }
+  uint32_t placing() const { return blocks - first_placing; }
+};
+
 // What the host works out once for all blocks.
 struct Plan {
   Shared shared;
   Divisor local_experts;
   Divisor packets_per_source;
-  Divisor blocks_per_token;  // more than 1 where blocks share a token's destinations
+  Divisor blocks_per_token;
   uint32_t tokens_per_block;
+  uint32_t first_placing;
+  uint32_t placing_blocks;
   uint32_t entry_shift;  // log2 of the lanes that look at one token's entries
   bool whole_tokens;     // a placer's lane counts whole tokens
   uint32_t likely_units;
   uint32_t last_block;
-  Plan(const ep_dispatch_args& a, bool fp8, uint32_t grid)
+  Plan(const ep_dispatch_args& a, bool fp8, uint32_t unit_lines, const Division& d)
       : shared(a.group, a.handle.top_k, a.group.hidden, fp8),
         local_experts(a.group.num_experts / a.group.num_ranks),
-        packets_per_source(local_experts.value + 1), blocks_per_token(sharing(a, grid)),
-        tokens_per_block(div_up(a.handle.num_tokens, grid)), entry_shift(0),
+        packets_per_source(local_experts.value + 1), blocks_per_token(d.blocks_per_token),
+        tokens_per_block(d.tokens_per_block), first_placing(d.first_placing),
+        placing_blocks(d.placing()), entry_shift(0),
         whole_tokens(lanes_count_tokens(a.group, a.handle.top_k)),
-        likely_units(likely_units_of(a, fp8, grid)), last_block(grid - 1) {
+        likely_units(likely_units_of(a, fp8, unit_lines, d.placing())), last_block(d.blocks - 1) {
     while ((1u << entry_shift) < a.handle.top_k) ++entry_shift;
   }
 
-  // One multiprocessor alone stores far slower than the links.
-  static uint32_t sharing(const ep_dispatch_args& a, uint32_t grid) {
-    const uint32_t tokens = a.handle.num_tokens;
-    if (tokens == 0 || 2 * tokens > grid) return 1;
-    const uint32_t d = most_destinations(a.group, a.handle.top_k);
-    return grid / tokens < d ? grid / tokens : d;
-  }
-
   // Units of placing that a block has if all ranks have this rank's number of tokens.
-  static uint32_t likely_units_of(const ep_dispatch_args& a, bool fp8, uint32_t grid) {
+  static uint32_t likely_units_of(const ep_dispatch_args& a, bool fp8, uint32_t unit_lines,
+                                  uint32_t blocks) {
     const bool ue8m0 = (a.flags & EP_DISPATCH_UE8M0) != 0;
-    const uint32_t per_row = div_up(row_shape(a.group.hidden, fp8, ue8m0).lines(), kUnitLines);
+    const uint32_t per_row = div_up(row_shape(a.group.hidden, fp8, ue8m0).lines(), unit_lines);
     const uint64_t units = uint64_t{a.handle.num_tokens} * a.group.num_ranks * per_row;
-    return static_cast<uint32_t>((units + grid - 1) / grid);
+    return static_cast<uint32_t>((units + blocks - 1) / blocks);
   }
 };
 
@@ -412,7 +446,6 @@ struct Routed {
   int64_t id;
   Entry entry;           // `same`: valid ones only
   uint32_t destination;  // index of its own
-  uint32_t destinations;
   float weight;
 };
 
@@ -426,7 +459,6 @@ __device__ __forceinline__ Routed order_entries(const P& p, const RouterLoad& lo
   r.weight = load.weight;
   r.entry = classify(p, EntryLane(5), expert_of(p, load.id));
   r.entry.same &= __ballot_sync(~0u, r.entry.valid);
-  r.destinations = __popc(__ballot_sync(~0u, r.entry.leads));
   r.destination = 0;
   const uint32_t owner = r.entry.owner;
   const uint32_t turn = owner > g.rank ? owner - g.rank - 1 : owner + g.num_ranks - g.rank - 1;
@@ -441,16 +473,19 @@ __device__ __forceinline__ Routed order_entries(const P& p, const RouterLoad& lo
 
 // Where the lane's entry of a token goes, and what is known of it before it is counted.
 struct Target {
+  bool sent;           // by this block
   uint64_t rows;       // this rank's at the owner, or 0
   uint64_t* row_base;  // of the destination
   uint64_t* entry;     // of its header
   uint64_t value;      // the entry, but for its position
 };
 
-// Begins to route one token, at `place`. One warp.
+// Begins to route one token, at `place`. The senders find the chunk's destinations side by side.
+// One warp.
 template <class P>
-__device__ __forceinline__ Target find_target(const P& p, const Shared& s, uint64_t epoch,
-                                              uint32_t token, uint32_t place, const Routed& r) {
+__device__ __forceinline__ Target find_target(const P& p, const Shared& s, const Chunk& chunk,
+                                              uint64_t epoch, uint32_t token, uint32_t place,
+                                              const Routed& r) {
   const ep_group& g = p.a.group;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t top_k = p.a.handle.top_k;
@@ -458,13 +493,14 @@ __device__ __forceinline__ Target find_target(const P& p, const Shared& s, uint6
   const Entry& entry = r.entry;
   const uint32_t owner = entry.valid ? entry.owner : 0;
   const uint64_t partner = shared_at<uint64_t>(s.partners)[owner];
+  const uint32_t at = p.plan.blocks_per_token.quotient(r.destination);
+  const bool sent = r.destination - at * chunk.stride == chunk.first;
   uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
-  uint64_t* header =
-      shared_at<uint64_t>(s.header) + (place * max_destinations + r.destination) * (1 + top_k);
-  arch::st_shared_u64_if(entry.leads, header,
+  uint64_t* header = shared_at<uint64_t>(s.header) + (place * max_destinations + at) * (1 + top_k);
+  arch::st_shared_u64_if(sent && entry.leads, header,
                          uint64_t{static_cast<uint32_t>(__popc(entry.same))} << 32 | token);
-  arch::st_shared_u64_if(lane >= r.destinations && lane < max_destinations, row_base + lane, 0);
-  return {partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch), row_base + r.destination,
+  arch::st_shared_u64_if(lane < max_destinations, row_base + lane, 0);
+  return {sent, partner == 0 ? 0 : p.rows_at(partner, g.rank, epoch), row_base + at,
           header + 1 + __popc(entry.same & ((1u << lane) - 1)),
           uint64_t{__float_as_uint(r.weight)} << 32 | lane << 11 |
               (entry.expert - owner * p.plan.local_experts.value)};
@@ -485,8 +521,8 @@ __device__ __forceinline__ uint32_t route_token(const P& p, const Shared& s, con
   arch::st_shared_u32_if(entry.leads, rank_rows, slot + 1);
   arch::st_shared_u32_if(entry.valid, expert_rows, position + 1);
   __syncwarp();  // other lanes read them for the next token
-  arch::st_shared_u64_if(entry.valid, to.entry, to.value | position << 16);
-  arch::st_shared_u64_if(entry.leads, to.row_base,
+  arch::st_shared_u64_if(to.sent && entry.valid, to.entry, to.value | position << 16);
+  arch::st_shared_u64_if(to.sent && entry.leads, to.row_base,
                          to.rows == 0 ? 0 : to.rows + slot * p.a.layout.row_stride);
   return entry.valid && to.rows != 0 ? owner << 16 | slot : kNowhere;
 }
@@ -637,10 +673,10 @@ struct Sending {
       if (line < shape.lines()) piece[n] = piece_of<FP8>(p, shape, body, scales, line, lane);
     }
   }
-  // Stores the token, which is routed, to the chunk's destinations; its first pieces are loaded.
+  // Stores the token, which is routed, to its destinations; its first pieces are loaded.
   template <class P>
-  __device__ __forceinline__ void store(const P& p, const Shared& s, const Chunk& chunk,
-                                        uint32_t token, uint32_t place) {
+  __device__ __forceinline__ void store(const P& p, const Shared& s, uint32_t token,
+                                        uint32_t place) {
     const LaneInLine lane;
     const uint32_t top_k = p.a.handle.top_k;
     const uint32_t max_destinations = Shared::max_destinations(p.a.group, top_k);
@@ -649,35 +685,10 @@ struct Sending {
     const uint32_t lines = p.row().lines();
     const uint64_t* row_base = shared_at<uint64_t>(s.row_base) + place * max_destinations;
     const uint64_t epoch = shared_at<Fixed>(s.fixed)->send_epoch;
-#pragma unroll 1
-    for (uint32_t first = first_line(); first < lines; first += kAhead * kStep) {
-      if (first != first_line()) load(p, s, token, place, first);
-#pragma unroll
-      for (uint32_t n = 0; n < kAhead; ++n)
-        if (lane.last()) piece[n] = seal({piece[n].x, piece[n].y}, epoch);
-#pragma unroll 1
-      for (uint32_t d = chunk.first; d < max_destinations; d += kDestinations * chunk.stride) {
-        uint64_t row[kDestinations];
-#pragma unroll
-        for (uint32_t n = 0; n < kDestinations; ++n)
-          row[n] = d + n * chunk.stride < max_destinations ? row_base[d + n * chunk.stride] : 0;
-        __syncwarp();  // the lanes of a line store together
-#pragma unroll
-        for (uint32_t n = 0; n < kDestinations; ++n) {
-          uint8_t* to =
-              reinterpret_cast<uint8_t*>(row[n]) + (header_lines + first) * kLine + offset;
-#pragma unroll
-          for (uint32_t m = 0; m < kAhead; ++m)
-            arch::st_relaxed_sys_v4_if(row[n] != 0 && first + m * kStep + lane.line < lines,
-                                       to + m * kStep * kLine, piece[m]);
-        }
-      }
-    }
-    // Headers; the last warps have the fewest lines.
+    // Headers first: nothing of a row can be placed before. The last warps have the fewest lines.
     const uint32_t turn = kSenderWarps - 1 - threadIdx.x / 32;
 #pragma unroll 1
-    for (uint32_t d = chunk.first + turn * chunk.stride; d < max_destinations;
-         d += kSenderWarps * chunk.stride) {
+    for (uint32_t d = turn; d < max_destinations; d += kSenderWarps) {
       const uint64_t* header =
           shared_at<uint64_t>(s.header) + (place * max_destinations + d) * (1 + top_k);
       if (row_base[d] == 0) continue;
@@ -692,6 +703,29 @@ struct Sending {
       __syncwarp();
       arch::st_relaxed_sys_v4_if(lane.line < header_lines,
                                  reinterpret_cast<uint8_t*>(row_base[d]) + offset, v);
+    }
+#pragma unroll 1
+    for (uint32_t first = first_line(); first < lines; first += kAhead * kStep) {
+      if (first != first_line()) load(p, s, token, place, first);
+#pragma unroll
+      for (uint32_t n = 0; n < kAhead; ++n)
+        if (lane.last()) piece[n] = seal({piece[n].x, piece[n].y}, epoch);
+#pragma unroll 1
+      for (uint32_t d = 0; d < max_destinations; d += kDestinations) {
+        uint64_t row[kDestinations];
+#pragma unroll
+        for (uint32_t n = 0; n < kDestinations; ++n) row[n] = row_base[d + n];
+        __syncwarp();  // the lanes of a line store together
+#pragma unroll
+        for (uint32_t n = 0; n < kDestinations; ++n) {
+          uint8_t* to =
+              reinterpret_cast<uint8_t*>(row[n]) + (header_lines + first) * kLine + offset;
+#pragma unroll
+          for (uint32_t m = 0; m < kAhead; ++m)
+            arch::st_relaxed_sys_v4_if(row[n] != 0 && first + m * kStep + lane.line < lines,
+                                       to + m * kStep * kLine, piece[m]);
+        }
+      }
     }
   }
 };
@@ -748,7 +782,7 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& 
     const uint32_t token = chunk.from + i;
     const uint32_t place = i % kPlaces;
     if (i >= kPlaces) await(&fixed->sent[place], i / kPlaces - 1);
-    const Target target = find_target(p, s, epoch, token, place, routed);
+    const Target target = find_target(p, s, chunk, epoch, token, place, routed);
     if (i == 0) await(&fixed->counted, 0);
     const uint32_t kept = route_token(p, s, routed, target);
     arch::mbarrier_arrive_release_cta(&fixed->routed[place]);
@@ -776,7 +810,7 @@ __device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& c
     Sending<P::kFp8> row;
     row.load(p, s, token, place, row.first_line());
     await(&fixed->routed[place], i / kPlaces);
-    row.store(p, s, chunk, token, place);
+    row.store(p, s, token, place);
     arch::mbarrier_arrive_release_cta(&fixed->sent[place]);
   }
 }
@@ -846,7 +880,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   constexpr uint32_t kInFlight = 3;
   const uint32_t packets = g.num_ranks * p.plan.packets_per_source.value;
   // One block times the sources.
-  const bool timed = p.a.wait_ns != 0 && blockIdx.x == 0;
+  const bool timed = p.a.wait_ns != 0 && blockIdx.x == p.plan.first_placing;
   const uint64_t began = timed ? arch::globaltimer_ns() : 0;
 #pragma unroll 1
   for (uint32_t base = thread; base < packets; base += P::kReaders * kInFlight) {
@@ -1025,7 +1059,7 @@ struct Header {
   }
 };
 
-// Takes `kUnitLines` lines of one row and copies them to the row's places. One warp. The lines are
+// Takes a unit of lines of one row and copies them to the row's places. One warp. The lines are
 // polled before it is known whether the source sends such a row at all.
 template <class P>
 __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t epoch,
@@ -1043,27 +1077,25 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   bool certain = __all_sync(~0u, placeable(s));
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
-  // Load everything at once. Where many warps wait, what they read meanwhile others cannot: there
-  // they watch one epoch only, of the line that is stored last, while something is missing.
-  const bool watches = p.plan.likely_units > kFewUnits;
-  const uint32_t unit_lines = min(lines - first_line, kUnitLines);
+  // Load everything at once.
+  const uint32_t unit_lines = min(lines - first_line, P::kUnitLines);
   const uint8_t* watched =
       row + (header_lines + first_line + unit_lines) * kLine - sizeof(uint64_t);
   Header header;
-  uint4 data[kLoads] = {};
+  uint4 data[P::kLoads] = {};
   Patience patience;
   bool complete = false;
   bool over = false;
   while (!over) {
     header.load(row, header_lines);
 #pragma unroll
-    for (uint32_t i = 0; i < kLoads; ++i) {
+    for (uint32_t i = 0; i < P::kLoads; ++i) {
       const uint32_t line = i * kLinesPerWarp;
       if (line + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(from + line * kLine);
     }
     bool mine = true;
 #pragma unroll
-    for (uint32_t i = 0; i < kLoads; ++i)
+    for (uint32_t i = 0; i < P::kLoads; ++i)
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
     complete = __all_sync(~0u, (mine || !lane.last()) && header.is_whole(header_lines, epoch));
     if (complete) break;
@@ -1077,7 +1109,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
         if (thread == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
         over = true;
       }
-    } while (watches && !over && arch::ld_relaxed_sys_u64(watched) != epoch);
+    } while (P::kWatches && !over && arch::ld_relaxed_sys_u64(watched) != epoch);
   }
 
   // Lane e has entry e.
@@ -1118,9 +1150,9 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   uint32_t* const out_scales =
       reinterpret_cast<uint32_t*>(p.a.recv_scales) + uint64_t{2 * line} * stride;
   // Which of its pieces a lane stores: 16 bytes of body, 8 of it, or one or two scales.
-  bool body[kLoads], tail[kLoads], scale[kLoads], scale2[kLoads];
+  bool body[P::kLoads], tail[P::kLoads], scale[P::kLoads], scale2[P::kLoads];
 #pragma unroll
-  for (uint32_t i = 0; i < kLoads; ++i) {
+  for (uint32_t i = 0; i < P::kLoads; ++i) {
     const uint32_t at = line + i * kLinesPerWarp;
     body[i] = !lane.last() && start + i * (kLinesPerWarp * 7 * 16) < end;
     tail[i] = lane.last() && at >= shape.scales && start + i * (kLinesPerWarp * 8) < end;
@@ -1137,7 +1169,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
       const bool there = row_at[n] != kNowhere;
       uint8_t* to = out + uint64_t{row_at[n]} * p.row_bytes();
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i) {
+      for (uint32_t i = 0; i < P::kLoads; ++i) {
         arch::st_v4_if(there && body[i], to + i * (kLinesPerWarp * 7 * 16), data[i]);
         arch::st_v2_if(there && tail[i], to + i * (kLinesPerWarp * 8), {data[i].x, data[i].y});
       }
@@ -1152,7 +1184,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
         uint32_t* scales =
             out_scales + uint64_t{expert_of_row[n] * (p.scale_words() - 1)} * stride + row_at[n];
 #pragma unroll
-        for (uint32_t i = 0; i < kLoads; ++i) {
+        for (uint32_t i = 0; i < P::kLoads; ++i) {
           uint32_t* to_word = scales + uint64_t{i * 2 * kLinesPerWarp} * stride;
           arch::st_u32_if(there && scale[i], to_word, data[i].x);
           arch::st_u32_if(there && scale2[i], to_word + stride, data[i].y);
@@ -1177,7 +1209,8 @@ template <class P>
 __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   Fixed* fixed = shared_at<Fixed>(s.fixed);
-  const uint32_t units_per_row = div_up(p.row().lines(), kUnitLines);
+  const uint32_t units_per_row = div_up(p.row().lines(), P::kUnitLines);
+  const uint32_t blocks = p.plan.placing_blocks;
   uint32_t rows = g.max_tokens * g.num_ranks;
   bool certain = false;
   auto take = [&] {
@@ -1192,9 +1225,9 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
     // To poll what is not likely to come would cost other warps time.
     if (!certain && unit >= p.plan.likely_units) await(&fixed->placeable, 0);
     constexpr uint32_t kTurns = 8;
-    const uint32_t later = unit % kTurns < gridDim.x ? unit % kTurns : 0;
-    const uint32_t block = blockIdx.x + later;
-    const uint32_t u = unit * gridDim.x + (block < gridDim.x ? block : block - gridDim.x);
+    const uint32_t later = unit % kTurns < blocks ? unit % kTurns : 0;
+    const uint32_t block = blockIdx.x - p.plan.first_placing + later;
+    const uint32_t u = unit * blocks + (block < blocks ? block : block - blocks);
     const uint32_t row = u / units_per_row;
     if (!certain && (certain = __all_sync(~0u, placeable(s))))
       rows = fixed->most_rows * g.num_ranks;
@@ -1203,7 +1236,7 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
     const uint32_t turn = row - slot * g.num_ranks + g.rank;
     const uint32_t source = turn < g.num_ranks ? turn : turn - g.num_ranks;
     if (shared_at<uint64_t>(s.partners)[source] == 0) continue;
-    place_unit(p, s, epoch, source, slot, (u - row * units_per_row) * kUnitLines);
+    place_unit(p, s, epoch, source, slot, (u - row * units_per_row) * P::kUnitLines);
   }
 }
 
@@ -1219,6 +1252,7 @@ __global__ void __launch_bounds__(W::kThreads, 1)
   Fixed* fixed = shared_at<Fixed>(s.fixed);
   const bool sends = (args.flags & EP_DISPATCH_SEND) != 0;
   const bool receives = (args.flags & EP_DISPATCH_RECV) != 0;
+  const bool places = receives && blockIdx.x >= plan.first_placing;
   const uint32_t warp = threadIdx.x / 32;
   const uint32_t lane = threadIdx.x % 32;
   const Chunk chunk(p);
@@ -1256,27 +1290,28 @@ __global__ void __launch_bounds__(W::kThreads, 1)
   }
   __syncthreads();
 
+  // A warp that does so waits for all that its multiprocessor has stored, so it does so early.
+  if (warp == (has_tokens ? kFirstReader + 1 : kRouterWarp)) {
+    await(&fixed->known, 0);
+    if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
+    if (lane == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
+    __syncwarp();
+  }
   if (warp < kSenderWarps) {
     if (has_tokens) send(p, s, chunk, x);
   } else if (warp < kRouterWarp) {
     if (counts) count(p, s, chunk, ids);
-    if (warp == kRouterWarp - 1) {
-      await(&fixed->known, 0);
-      if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);
-      if (lane == 1 && receives) advance(control, kDispatchRecv, fixed->recv_epoch);
-      __syncwarp();
-    }
   } else if (warp == kRouterWarp) {
     if (has_tokens) route(p, s, chunk, entry);
   } else {
     if (warp == kFirstReader) known.keep(p, s, control);
-    if (receives) {
+    if (places) {
       await(&fixed->known, 0);
       read_counts(p, s, fixed->recv_epoch);
-      if (blockIdx.x == 0) write_counts(p, s);
+      if (blockIdx.x == plan.first_placing) write_counts(p, s);
     }
   }
-  if (receives) {
+  if (places) {
     await(&fixed->known, 0);
     place(p, s, fixed->recv_epoch);
   }
@@ -1285,10 +1320,11 @@ __global__ void __launch_bounds__(W::kThreads, 1)
 struct DispatchKernel {
   void (*kernel)(const ep_dispatch_args, const Plan);
   uint32_t threads;
+  uint32_t unit_lines;
 };
 
 template <uint32_t H, bool FP8, class W>
-constexpr DispatchKernel kKernel = {dispatch<H, FP8, W>, W::kThreads};
+constexpr DispatchKernel kKernel = {dispatch<H, FP8, W>, W::kThreads, W::kUnitLines};
 
 template <bool FP8, class W>
 const DispatchKernel& kernel_for(uint32_t hidden) {
@@ -1300,13 +1336,10 @@ const DispatchKernel& kernel_for(uint32_t hidden) {
 }
 
 // Both ways give the same bits.
-const DispatchKernel& kernel_for(const ep_dispatch_args& a, bool fp8, uint32_t grid) {
-  const bool few = a.handle.num_tokens <= grid && lanes_count_tokens(a.group, a.handle.top_k);
+const DispatchKernel& kernel_for(uint32_t hidden, bool fp8, bool few_tokens) {
   if (fp8)
-    return few ? kernel_for<true, FewTokens>(a.group.hidden)
-               : kernel_for<true, ManyTokens>(a.group.hidden);
-  return few ? kernel_for<false, FewTokens>(a.group.hidden)
-             : kernel_for<false, ManyTokens>(a.group.hidden);
+    return few_tokens ? kernel_for<true, FewTokens>(hidden) : kernel_for<true, ManyTokens>(hidden);
+  return few_tokens ? kernel_for<false, FewTokens>(hidden) : kernel_for<false, ManyTokens>(hidden);
 }
 
 // Loads every kernel of a way onto the current device.
@@ -1355,8 +1388,9 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   unsigned grid = 0;
   cudaError_t e = grid_for(args->group, &grid);
   if (e != cudaSuccess) return status_of(e, cuda_error);
-  const Plan plan(*args, fp8, grid);
-  const DispatchKernel& k = kernel_for(*args, fp8, grid);
+  const Division division(*args, grid);
+  const DispatchKernel& k = kernel_for(args->group.hidden, fp8, division.few_tokens);
+  const Plan plan(*args, fp8, k.unit_lines, division);
   e = allow_shared(k.kernel, plan.shared.bytes);
   if (e == cudaSuccess) {
     k.kernel<<<grid, k.threads, plan.shared.bytes, static_cast<cudaStream_t>(stream)>>>(*args,
