@@ -92,8 +92,7 @@ struct Shared {
   uint32_t none;         // u32 [32] what lanes count that have nothing to count
   uint32_t row_base;     // u64 [kPlaces][D] where a token's row goes at each destination, or 0
   uint32_t header;       // u64 [kPlaces][D][1 + K]
-  uint32_t scales;       // u32 [kPlaces][scale_stride]
-  uint32_t body;         // u8 [kPlaces][H] quantised rows
+  uint32_t rows;         // u8 [kPlaces][quantised_bytes]
   uint32_t bytes;
 
   Shared(const ep_group& g, uint32_t top_k, uint32_t hidden, bool fp8) {
@@ -108,14 +107,17 @@ struct Shared {
     none = totals + (totals - rank_rows);
     row_base = none + 4 * 32;
     header = row_base + 8 * kPlaces * d;
-    scales = align16(header + 8 * kPlaces * d * (1 + top_k));
-    body = scales + (fp8 ? kPlaces * 4 * scale_stride(hidden) : 0);
-    bytes = body + (fp8 ? kPlaces * hidden : 0);
+    rows = align16(header + 8 * kPlaces * d * (1 + top_k));
+    bytes = rows + (fp8 ? kPlaces * quantised_bytes(hidden) : 0);
   }
 
   static __host__ __device__ uint32_t align16(uint32_t at) { return (at + 15) & ~15u; }
-  static __host__ __device__ uint32_t scale_stride(uint32_t hidden) {
-    return (hidden / kChannelsPerScale + 3) & ~3u;
+  // Of a quantised row: its scales, then its body.
+  static __host__ __device__ uint32_t scale_bytes(uint32_t hidden) {
+    return align16(4 * (hidden / kChannelsPerScale));
+  }
+  static __host__ __device__ uint32_t quantised_bytes(uint32_t hidden) {
+    return scale_bytes(hidden) + hidden;
   }
   // Of a token, rounded up to how many are looked up at once.
   static __host__ __device__ uint32_t max_destinations(const ep_group& g, uint32_t top_k) {
@@ -161,19 +163,24 @@ struct Division {
   uint32_t first_placing;     // 0: those that send, too
 
   Division(const ep_dispatch_args& a, uint32_t grid) : blocks(grid), first_placing(0) {
-    constexpr uint32_t kManyBlocks = 96;
     constexpr uint32_t kParts = EP_DISPATCH_SEND | EP_DISPATCH_RECV;
+    constexpr uint32_t kManyBlocks = 112;
+    constexpr uint32_t kMostTokens = 8;  // a block: with more, placing takes longer than the links
+    constexpr uint32_t kMostCopies = 6;  // of a row: likewise
     const uint32_t tokens = a.handle.num_tokens;
+    const uint32_t top_k = a.handle.top_k;
     const bool both = (a.flags & kParts) == kParts;
-    const bool divide = both && (grid >= kManyBlocks || 2 * tokens <= grid);
-    const bool few = tokens <= grid && lanes_count_tokens(a.group, a.handle.top_k);
+    const bool divide =
+        both && (2 * tokens <= grid || (grid >= kManyBlocks && tokens <= kMostTokens * grid &&
+                                        top_k <= kMostCopies * a.group.num_ranks));
+    const bool few = tokens <= grid && lanes_count_tokens(a.group, top_k);
     few_tokens = few && (divide || !both);
     const uint32_t senders = !divide ? grid : div_up(grid, few ? 4 : 3);
     tokens_per_block = div_up(tokens, senders);
     blocks_per_token = 1;
     // One multiprocessor alone stores far slower than the links.
     if (tokens != 0 && 2 * tokens <= senders) {
-      const uint32_t d = most_destinations(a.group, a.handle.top_k);
+      const uint32_t d = most_destinations(a.group, top_k);
       blocks_per_token = senders / tokens < d ? senders / tokens : d;
     }
     if (divide && tokens != 0) first_placing = div_up(tokens, tokens_per_block) * blocks_per_token;
@@ -588,8 +595,8 @@ __device__ __forceinline__ Group16 load_group(const P& p, uint32_t token, uint32
 template <class P>
 __device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t token,
                                          uint32_t place, Group16 first) {
-  uint8_t* body = shared_at<uint8_t>(s.body) + place * p.hidden();
-  uint32_t* scales = shared_at<uint32_t>(s.scales) + place * Shared::scale_stride(p.hidden());
+  uint32_t* scales = shared_at<uint32_t>(s.rows + place * Shared::quantised_bytes(p.hidden()));
+  uint8_t* body = reinterpret_cast<uint8_t*>(scales) + Shared::scale_bytes(p.hidden());
   const uint32_t groups = p.hidden() / 16;
   const bool pow2 = (p.a.flags & EP_DISPATCH_POW2) != 0;
   for (uint32_t base = 0; base < groups; base += kSenders) {
@@ -622,56 +629,47 @@ __device__ __forceinline__ void quantise(const P& p, const Shared& s, uint32_t t
   }
 }
 
-// The piece of a line that this lane carries, from the token's row; the last still without its
-// epoch.
-template <bool FP8, class P>
-__device__ __forceinline__ uint4 piece_of(const P& p, const RowShape& shape, const uint8_t* body,
-                                          const uint32_t* scales, uint32_t line,
-                                          const LaneInLine& lane) {
-  const uint32_t unit = 7 * line + lane.piece;
-  const uint32_t at = 16 * shape.whole() + 8 * (line - shape.scales);
-  const bool has_unit = !lane.last() && unit < shape.whole();
-  const bool has_scales = lane.last() && line < shape.scales;
-  const bool has_half = lane.last() && !has_scales && at < 16 * shape.body;
-  uint4 whole = {};
-  uint2 half = {};
-  if (FP8) {
-    arch::ld_shared_v4_if(has_unit, body + 16 * unit, &whole);
-    arch::ld_shared_v2_if(
-        has_scales || has_half,
-        has_scales ? reinterpret_cast<const uint8_t*>(scales) + 8 * line : body + at, &half);
-  } else {
-    arch::ld_stream_v4_if(has_unit, body + 16 * unit, &whole);
-    arch::ld_stream_v2_if(has_half, body + at, &half);
-  }
-  return lane.last() ? uint4{half.x, half.y, 0, 0} : whole;
-}
-
 // A token's row on its way: the first pieces of lines are loaded before it is known where they go.
 template <bool FP8>
 struct Sending {
   static constexpr uint32_t kStep = kSenderWarps * kLinesPerWarp;
   static constexpr uint32_t kAhead = FP8 ? 2 : 3;
+  // Where the lane's pieces stand in any row as it is kept. All lanes load 16 bytes: for a piece of
+  // 8 those that contain it, for one that the row does not have the row's last.
+  uint32_t from[kAhead];
+  uint32_t upper;  // bit n: piece n is the upper half
   uint4 piece[kAhead];
 
   static __device__ __forceinline__ uint32_t first_line() {
     return threadIdx.x / 32 * kLinesPerWarp;
   }
+  // Of the lines from `first` on.
   template <class P>
-  __device__ __forceinline__ void load(const P& p, const Shared& s, uint32_t token, uint32_t place,
-                                       uint32_t first) {
+  __device__ __forceinline__ void aim(const P& p, uint32_t first) {
     const LaneInLine lane;
     const RowShape shape = p.row();
-    const uint8_t* body =
-        FP8 ? shared_at<uint8_t>(s.body) + place * p.hidden()
-            : reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.hidden() * 2;
-    const uint32_t* scales =
-        shared_at<uint32_t>(s.scales) + place * Shared::scale_stride(p.hidden());
+    const uint32_t body = FP8 ? Shared::scale_bytes(p.hidden()) : 0;
+    upper = 0;
 #pragma unroll
     for (uint32_t n = 0; n < kAhead; ++n) {
       const uint32_t line = first + n * kStep + lane.line;
-      if (line < shape.lines()) piece[n] = piece_of<FP8>(p, shape, body, scales, line, lane);
+      const uint32_t half =
+          line < shape.scales ? 8 * line : body + 16 * shape.whole() + 8 * (line - shape.scales);
+      const uint32_t at = lane.last() ? half : body + 16 * (7 * line + lane.piece);
+      from[n] = min(at & ~15u, body + p.row_bytes() - 16);
+      upper |= (at >> 3 & 1) << n;
     }
+  }
+  template <class P>
+  __device__ __forceinline__ void load(const P& p, const Shared& s, uint32_t token,
+                                       uint32_t place) {
+    const uint8_t* row =
+        FP8 ? shared_at<uint8_t>(s.rows + place * Shared::quantised_bytes(p.hidden()))
+            : reinterpret_cast<const uint8_t*>(p.a.x) + uint64_t{token} * p.row_bytes();
+#pragma unroll
+    for (uint32_t n = 0; n < kAhead; ++n)
+      piece[n] =
+          FP8 ? *reinterpret_cast<const uint4*>(row + from[n]) : arch::ld_stream_v4(row + from[n]);
   }
   // Stores the token, which is routed, to its destinations; its first pieces are loaded.
   template <class P>
@@ -706,10 +704,16 @@ struct Sending {
     }
 #pragma unroll 1
     for (uint32_t first = first_line(); first < lines; first += kAhead * kStep) {
-      if (first != first_line()) load(p, s, token, place, first);
+      if (first != first_line()) {
+        aim(p, first);
+        load(p, s, token, place);
+      }
 #pragma unroll
-      for (uint32_t n = 0; n < kAhead; ++n)
-        if (lane.last()) piece[n] = seal({piece[n].x, piece[n].y}, epoch);
+      for (uint32_t n = 0; n < kAhead; ++n) {
+        const uint4 v = piece[n];
+        if (lane.last())
+          piece[n] = seal((upper >> n & 1) != 0 ? uint2{v.z, v.w} : uint2{v.x, v.y}, epoch);
+      }
 #pragma unroll 1
       for (uint32_t d = 0; d < max_destinations; d += kDestinations) {
         uint64_t row[kDestinations];
@@ -727,6 +731,7 @@ struct Sending {
         }
       }
     }
+    if (lines > kAhead * kStep) aim(p, first_line());
   }
 };
 
@@ -797,6 +802,8 @@ __device__ __forceinline__ void route(const P& p, const Shared& s, const Chunk& 
 template <class P>
 __device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& chunk, Group16 x) {
   Fixed* fixed = shared_at<Fixed>(s.fixed);
+  Sending<P::kFp8> row;
+  row.aim(p, row.first_line());
 #pragma unroll 1
   for (uint32_t i = 0; i < chunk.size(); ++i) {
     const uint32_t token = chunk.from + i;
@@ -807,8 +814,7 @@ __device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& c
       // Behind it the place before is free too: everybody has read what it needed there.
       arch::bar_sync(kSendBarrier, kSenders);
     }
-    Sending<P::kFp8> row;
-    row.load(p, s, token, place, row.first_line());
+    row.load(p, s, token, place);
     await(&fixed->routed[place], i / kPlaces);
     row.store(p, s, token, place);
     arch::mbarrier_arrive_release_cta(&fixed->sent[place]);
@@ -1272,7 +1278,13 @@ __global__ void __launch_bounds__(W::kThreads, 1)
       ids = load_ids(p, 0, chunk.from);
       clear<W>(s.rank_rows, s.row_base);
       // The scales of a row may end within a piece of a line.
-      clear<W>(s.scales, s.body);
+      if (FP8) {
+#pragma unroll
+        for (uint32_t i = 0; i < kPlaces; ++i) {
+          const uint32_t row = s.rows + i * Shared::quantised_bytes(p.hidden());
+          clear<W>(row, row + Shared::scale_bytes(p.hidden()));
+        }
+      }
     }
   } else if (warp == kRouterWarp) {
     if (has_tokens) entry = RouterLoad(p, chunk, chunk.from);

@@ -58,35 +58,6 @@ __device__ __forceinline__ void st_shared_u8_if(bool p, void* to, uint32_t v) {
                : "memory");
 }
 
-// As ld_stream_v4.
-__device__ __forceinline__ void ld_stream_v4_if(bool p, const void* from, uint4* v) {
-  asm volatile(EP_IF(4, "ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%5]")
-               : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
-               : "r"(uint32_t{p}), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void ld_stream_v2_if(bool p, const void* from, uint2* v) {
-  asm volatile(EP_IF(2, "ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%3]")
-               : "+r"(v->x), "+r"(v->y)
-               : "r"(uint32_t{p}), "l"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void ld_shared_v4_if(bool p, const void* from, uint4* v) {
-  asm volatile(EP_IF(4, "ld.shared.v4.u32 {%0, %1, %2, %3}, [%5]")
-               : "+r"(v->x), "+r"(v->y), "+r"(v->z), "+r"(v->w)
-               : "r"(uint32_t{p}), "r"(shared_address(from))
-               : "memory");
-}
-
-__device__ __forceinline__ void ld_shared_v2_if(bool p, const void* from, uint2* v) {
-  asm volatile(EP_IF(2, "ld.shared.v2.u32 {%0, %1}, [%3]")
-               : "+r"(v->x), "+r"(v->y)
-               : "r"(uint32_t{p}), "r"(shared_address(from))
-               : "memory");
-}
-
 // 0 where it is not made.
 __device__ __forceinline__ uint64_t ld_shared_u64_if(bool p, const void* from) {
   uint64_t v = 0;
