@@ -53,7 +53,7 @@ struct Way {
   static constexpr uint32_t kPlacers = 32 * kPlacerWarps;
   static constexpr uint32_t kReaders = 32 * ReaderWarps;
 };
-using FewTokens = Way<4, 3, 1>;  // and lanes count whole tokens
+using FewTokens = Way<6, 3, 1>;  // and lanes count whole tokens
 using ManyTokens = Way<9, 4, 2>;
 
 // Named barriers.
@@ -319,10 +319,10 @@ struct Counts {
         none(shared_at<uint32_t>(s.none) + threadIdx.x % 32) {}
   // Without branches: a lane that has nothing to count counts it elsewhere.
   __device__ __forceinline__ void add_entry(bool valid, uint32_t expert) const {
-    atomicAdd(valid ? &expert_rows[expert] : none, 1);
+    atomicAdd(valid ? &expert_rows[expert] : none, uint32_t{valid});
   }
   __device__ __forceinline__ void add_row(bool leads, uint32_t owner) const {
-    atomicAdd(leads ? &rank_rows[owner] : none, 1);
+    atomicAdd(leads ? &rank_rows[owner] : none, uint32_t{leads});
   }
   // A row of each lane for each of its ranks; bit r: rank r. One warp.
   __device__ __forceinline__ void add_rows(uint32_t ranks, uint32_t num_ranks) const {
