@@ -1083,28 +1083,55 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   bool certain = __all_sync(~0u, placeable(s));
   if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
 
-  // Load everything at once.
   const uint32_t unit_lines = min(lines - first_line, P::kUnitLines);
   const uint8_t* watched =
       row + (header_lines + first_line + unit_lines) * kLine - sizeof(uint64_t);
   Header header;
   uint4 data[P::kLoads] = {};
-  Patience patience;
-  bool complete = false;
-  bool over = false;
-  while (!over) {
+  auto load = [&] {
     header.load(row, header_lines);
 #pragma unroll
     for (uint32_t i = 0; i < P::kLoads; ++i) {
-      const uint32_t line = i * kLinesPerWarp;
-      if (line + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(from + line * kLine);
+      const uint32_t at = i * kLinesPerWarp;
+      if (at + lane.line < unit_lines) data[i] = arch::ld_relaxed_sys_v4(from + at * kLine);
     }
+  };
+  load();
+
+  // Worked out while the first loads are on their way: where this lane's pieces stand in a row, of
+  // load i a constant after load i - 1, and in `kinds` what they are.
+  const uint32_t line = first_line + lane.line;
+  const uint32_t start =
+      lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
+  const uint32_t end = 16 * (lane.last() ? shape.body : shape.whole());
+  const bool has_scales = P::kFp8 && first_line < shape.scales;
+  const uint32_t stride = p.rows_per_expert();
+  const uint64_t out = arch::opaque(p.a.recv_x + static_cast<int64_t>(static_cast<int32_t>(start)));
+  const uint64_t out_scales = arch::opaque(p.a.recv_scales + uint64_t{8 * line} * stride);
+  constexpr uint32_t kBody = 1, kHalf = 2, kScale = 4, kSecondScale = 8, kKindBits = 4;
+  uint32_t kinds = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < P::kLoads; ++i) {
+    const uint32_t at = line + i * kLinesPerWarp;
+    uint32_t kind = start + i * (kLinesPerWarp * 7 * 16) < end ? kBody : 0;
+    if (lane.last()) kind = at >= shape.scales && start + i * (kLinesPerWarp * 8) < end ? kHalf : 0;
+    if (lane.last() && 2 * at < p.scale_words()) kind |= kScale;
+    if (lane.last() && 2 * at + 1 < p.scale_words()) kind |= kSecondScale;
+    kinds |= kind << kKindBits * i;
+  }
+  kinds = static_cast<uint32_t>(arch::opaque(kinds));
+  auto is = [&](uint32_t kind, uint32_t i) { return (kinds >> kKindBits * i & kind) != 0; };
+
+  Patience patience;
+  bool complete = false;
+  for (;;) {
     bool mine = true;
 #pragma unroll
     for (uint32_t i = 0; i < P::kLoads; ++i)
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
     complete = __all_sync(~0u, (mine || !lane.last()) && header.is_whole(header_lines, epoch));
     if (complete) break;
+    bool over = false;
     do {
       if (!certain && __all_sync(~0u, placeable(s))) {
         certain = true;
@@ -1116,6 +1143,8 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
         over = true;
       }
     } while (P::kWatches && !over && arch::ld_relaxed_sys_u64(watched) != epoch);
+    if (over) break;
+    load();
   }
 
   // Lane e has entry e.
@@ -1145,26 +1174,6 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
       in_expert != kNowhere ? expert * p.rows_per_expert() + in_expert : kNowhere;
   const uint32_t placed = __ballot_sync(~0u, in_expert != kNowhere);
 
-  // Where this lane's pieces stand in a row: load i is a constant after load i - 1.
-  const uint32_t line = first_line + lane.line;
-  const uint32_t start =
-      lane.last() ? 16 * shape.whole() + 8 * (line - shape.scales) : 16 * (7 * line + lane.piece);
-  const uint32_t end = 16 * (lane.last() ? shape.body : shape.whole());
-  const bool has_scales = P::kFp8 && first_line < shape.scales;
-  const uint32_t stride = p.rows_per_expert();
-  uint8_t* const out = reinterpret_cast<uint8_t*>(p.a.recv_x) + static_cast<int32_t>(start);
-  uint32_t* const out_scales =
-      reinterpret_cast<uint32_t*>(p.a.recv_scales) + uint64_t{2 * line} * stride;
-  // Which of its pieces a lane stores: 16 bytes of body, 8 of it, or one or two scales.
-  bool body[P::kLoads], tail[P::kLoads], scale[P::kLoads], scale2[P::kLoads];
-#pragma unroll
-  for (uint32_t i = 0; i < P::kLoads; ++i) {
-    const uint32_t at = line + i * kLinesPerWarp;
-    body[i] = !lane.last() && start + i * (kLinesPerWarp * 7 * 16) < end;
-    tail[i] = lane.last() && at >= shape.scales && start + i * (kLinesPerWarp * 8) < end;
-    scale[i] = lane.last() && 2 * at < p.scale_words();
-    scale2[i] = lane.last() && 2 * at + 1 < p.scale_words();
-  }
 #pragma unroll 1
   for (uint32_t e = 0; e < entries; e += kCopies) {
     uint32_t row_at[kCopies];
@@ -1173,11 +1182,11 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
 #pragma unroll
     for (uint32_t n = 0; n < kCopies; ++n) {
       const bool there = row_at[n] != kNowhere;
-      uint8_t* to = out + uint64_t{row_at[n]} * p.row_bytes();
+      uint8_t* to = reinterpret_cast<uint8_t*>(out + uint64_t{row_at[n]} * p.row_bytes());
 #pragma unroll
       for (uint32_t i = 0; i < P::kLoads; ++i) {
-        arch::st_v4_if(there && body[i], to + i * (kLinesPerWarp * 7 * 16), data[i]);
-        arch::st_v2_if(there && tail[i], to + i * (kLinesPerWarp * 8), {data[i].x, data[i].y});
+        arch::st_v4_if(there && is(kBody, i), to + i * (kLinesPerWarp * 7 * 16), data[i]);
+        arch::st_v2_if(there && is(kHalf, i), to + i * (kLinesPerWarp * 8), {data[i].x, data[i].y});
       }
     }
     if (has_scales) {
@@ -1187,13 +1196,13 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
 #pragma unroll
       for (uint32_t n = 0; n < kCopies; ++n) {
         const bool there = row_at[n] != kNowhere;
-        uint32_t* scales =
-            out_scales + uint64_t{expert_of_row[n] * (p.scale_words() - 1)} * stride + row_at[n];
+        uint32_t* scales = reinterpret_cast<uint32_t*>(out_scales) +
+                           uint64_t{expert_of_row[n] * (p.scale_words() - 1)} * stride + row_at[n];
 #pragma unroll
         for (uint32_t i = 0; i < P::kLoads; ++i) {
           uint32_t* to_word = scales + uint64_t{i * 2 * kLinesPerWarp} * stride;
-          arch::st_u32_if(there && scale[i], to_word, data[i].x);
-          arch::st_u32_if(there && scale2[i], to_word + stride, data[i].y);
+          arch::st_u32_if(there && is(kScale, i), to_word, data[i].x);
+          arch::st_u32_if(there && is(kSecondScale, i), to_word + stride, data[i].y);
         }
       }
     }

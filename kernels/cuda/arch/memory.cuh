@@ -116,7 +116,8 @@ __device__ __forceinline__ uint64_t atom_add_relaxed_gpu_u64(void* p, uint64_t v
   return old;
 }
 
-// The same number, of which the compiler no longer knows what it is the sum of.
+// The same number, which is worked out here and of which the compiler no longer knows what it is
+// the sum of.
 __device__ __forceinline__ uint64_t opaque(uint64_t v) {
   asm volatile("" : "+l"(v)::"memory");
   return v;
