@@ -120,6 +120,10 @@ fn models_on_gpus() {
         (7168, 256, 8, 1),
         (2048, 128, 8, 64),
         (4096, 128, 4, 33),
+        // Some blocks send several tokens each, the others place.
+        (2048, 128, 8, 300),
+        // A row has more lines than a block's senders hold at once.
+        (14336, 16, 4, 9),
     ];
     let shapes = &shapes[..setting("EP_GPU_CASES", shapes.len()).min(shapes.len())];
     let Some(ranks) = groups(4).pop() else {
