@@ -643,7 +643,7 @@ struct Sending {
   static __device__ __forceinline__ uint32_t first_line() {
     return threadIdx.x / 32 * kLinesPerWarp;
   }
-  // Of the lines from `first` on.
+  // Works these out for the lines from `first` on.
   template <class P>
   __device__ __forceinline__ void aim(const P& p, uint32_t first) {
     const LaneInLine lane;
@@ -731,7 +731,7 @@ struct Sending {
         }
       }
     }
-    if (lines > kAhead * kStep) aim(p, first_line());
+    if (lines > kAhead * kStep) aim(p, first_line());  // for the next token
   }
 };
 
