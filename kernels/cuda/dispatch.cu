@@ -11,10 +11,10 @@
 // The last block tells every rank its counts.
 //
 // What a multiprocessor loads waits behind what it has stored to peers, for as long as the links
-// take for that. So where there are enough of them, the first blocks only send, each of them a few
-// tokens in turn, and the others only place: rows then arrive one after the other, are found at
-// once, and are copied while the next ones are on the wire. With few multiprocessors all blocks do
-// both, for there the links are not what limits.
+// take for that. So where it was measured to be faster (Division), the first blocks only send,
+// each of them a few tokens in turn, and the others only place: rows then arrive one after the
+// other, are found at once, and are copied while the next ones are on the wire. Elsewhere all
+// blocks do both.
 //
 // With few tokens the time is that of dependent instructions, of which a warp does one in about ten
 // cycles, while the block's other warps take the issue slots in between. So each task is one
@@ -43,8 +43,8 @@ template <uint32_t PlacerWarps, uint32_t ReaderWarps, uint32_t Loads>
 struct Way {
   static constexpr uint32_t kLoads = Loads;  // of lines, in flight per lane and unit of placing
   static constexpr uint32_t kUnitLines = Loads * kLinesPerWarp;
-  // Where many warps wait, what they read meanwhile others cannot: there they watch one epoch only,
-  // of the line that is stored last, while something is missing.
+  // With many tokens, what waiting warps read meanwhile others cannot: they watch one epoch only,
+  // of the line that is stored last. With few it is faster to poll all lines.
   static constexpr bool kWatches = Loads > 1;
   static constexpr uint32_t kPlacerWarps = PlacerWarps;
   static constexpr uint32_t kRouterWarp = kSenderWarps + kPlacerWarps;
@@ -153,7 +153,8 @@ __host__ __device__ constexpr RowShape row_shape(uint32_t hidden, bool fp8, bool
   return {hidden / (fp8 ? 16 : 8), div_up(scale_words_of(hidden, fp8, ue8m0), 2)};
 }
 
-// Which blocks send, which place, and in which way. All numbers are measured
+// Which blocks send, which place, and in which way. Each limit lies between a value with which a
+// divided dispatch was measured to be faster, on 2 GPUs, and one with which it was not
 // (docs/performance.md).
 struct Division {
   uint32_t blocks;
@@ -164,9 +165,9 @@ struct Division {
 
   Division(const ep_dispatch_args& a, uint32_t grid) : blocks(grid), first_placing(0) {
     constexpr uint32_t kParts = EP_DISPATCH_SEND | EP_DISPATCH_RECV;
-    constexpr uint32_t kManyBlocks = 112;
-    constexpr uint32_t kMostTokens = 8;  // a block: with more, placing takes longer than the links
-    constexpr uint32_t kMostCopies = 6;  // of a row: likewise
+    constexpr uint32_t kManyBlocks = 112;  // faster with 132, not with 96
+    constexpr uint32_t kMostTokens = 8;    // a block: with 1024 in all, not with 2048
+    constexpr uint32_t kMostCopies = 6;    // of a row: with 4, not with 8
     const uint32_t tokens = a.handle.num_tokens;
     const uint32_t top_k = a.handle.top_k;
     const bool both = (a.flags & kParts) == kParts;
@@ -1218,8 +1219,8 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
 
 // Places rows until there are none left: what every warp does in the end. Sources take turns,
 // because their rows arrive at the same time. Neighbouring units go to different blocks, so that
-// few rows already use every multiprocessor, and other parts of a row each time, because the first
-// take longer; a block's warps take its units in order, the placers first.
+// few rows already use all that place, and other parts of a row each time, because the first take
+// longer; a block's warps take its units in order, the placers first.
 template <class P>
 __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
@@ -1311,7 +1312,8 @@ __global__ void __launch_bounds__(W::kThreads, 1)
   }
   __syncthreads();
 
-  // A warp that does so waits for all that its multiprocessor has stored, so it does so early.
+  // To advance an epoch is to wait for all that the multiprocessor has stored so far, so it is done
+  // early, and by a warp that has nothing else to do yet.
   if (warp == (has_tokens ? kFirstReader + 1 : kRouterWarp)) {
     await(&fixed->known, 0);
     if (lane == 0 && sends) advance(control, kDispatchSend, fixed->send_epoch);

@@ -102,6 +102,7 @@ entry_points! {
         fn cuEventElapsedTime(milliseconds: &mut f32, start: u64, end: u64);
     }
 
+    // SAFETY: nothing is called here; raw pointers make the methods of these unsafe to call.
     unsafe {
         fn cuDeviceGetName(name: *mut c_char, len: c_int, device: CUdevice);
         fn cuDeviceGetPCIBusId(id: *mut c_char, len: c_int, device: CUdevice);

@@ -68,6 +68,7 @@ entry_points! {
         fn nvmlDeviceGetGpuFabricInfo(device: u64, info: &mut InfoV1);
     }
 
+    // SAFETY: nothing is called here; raw pointers make the methods of these unsafe to call.
     unsafe {
         fn nvmlDeviceGetHandleByPciBusId_v2(id: *const c_char, device: &mut u64);
         fn nvmlDeviceGetGpuFabricInfoV(device: u64, info: *mut c_void);
