@@ -173,6 +173,7 @@ mod tests {
 
     #[test]
     fn unsafe_has_its_files() {
+        // SAFETY: a text to be checked, not code.
         let text = "fn f() {\n    unsafe { g() }\n}\n";
         assert_eq!(rules("crates/ep-sys/src/cuda/table.rs", text), [""; 0]);
         assert_eq!(

@@ -56,6 +56,7 @@ macro_rules! entry_points {
         $(#[$meta:meta])*
         $vis:vis struct $table:ident refuses with $refused:path;
         safe { $(fn $safe:ident($($arg:ident: $type:ty),* $(,)?);)* }
+        // SAFETY: a pattern, nothing is called; the methods made of it are unsafe to call.
         unsafe { $(fn $raw:ident($($raw_arg:ident: $raw_type:ty),* $(,)?);)* }
     ) => {
         $(#[$meta])*
