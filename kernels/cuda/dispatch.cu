@@ -153,9 +153,13 @@ __host__ __device__ constexpr RowShape row_shape(uint32_t hidden, bool fp8, bool
   return {hidden / (fp8 ? 16 : 8), div_up(scale_words_of(hidden, fp8, ue8m0), 2)};
 }
 
+// Hidden sizes that a kernel of their own knows at compile time.
+constexpr bool has_own_kernel(uint32_t hidden) { return hidden == 3584 || hidden == 7168; }
+
 // Which blocks send, which place, and in which way. Each limit lies between a value with which a
 // divided dispatch was measured to be faster, on 2 GPUs, and one with which it was not
-// (docs/performance.md).
+// (docs/performance.md). To send a token takes a block about as long whatever its hidden size is,
+// so the smaller rows are, the more blocks it takes to keep the links busy.
 struct Division {
   uint32_t blocks;
   bool few_tokens;  // the way
@@ -168,15 +172,24 @@ struct Division {
     constexpr uint32_t kManyBlocks = 112;  // faster with 132, not with 96
     constexpr uint32_t kMostTokens = 8;    // a block: with 1024 in all, not with 2048
     constexpr uint32_t kMostCopies = 6;    // of a row: with 4, not with 8
+    // With more tokens than blocks:
+    constexpr uint32_t kLargeRow = 6144;    // bytes: with 7168 and 14336, not with 5120
+    constexpr uint32_t kMostHidden = 7168;  // not with 8192, which is quantised in two steps
+    // With fewer:
+    constexpr uint32_t kSmallRow = 4608;  // bytes: half send with 4096, a third with 5120
     const uint32_t tokens = a.handle.num_tokens;
     const uint32_t top_k = a.handle.top_k;
+    const uint32_t hidden = a.group.hidden;
+    const uint32_t row_bytes = hidden * ((a.flags & EP_DISPATCH_FP8) != 0 ? 1 : 2);
     const bool both = (a.flags & kParts) == kParts;
+    const bool worth_it = tokens <= grid || (row_bytes >= kLargeRow && hidden <= kMostHidden);
     const bool divide =
         both && (2 * tokens <= grid || (grid >= kManyBlocks && tokens <= kMostTokens * grid &&
-                                        top_k <= kMostCopies * a.group.num_ranks));
+                                        top_k <= kMostCopies * a.group.num_ranks && worth_it));
     const bool few = tokens <= grid && lanes_count_tokens(a.group, top_k);
     few_tokens = few && (divide || !both);
-    const uint32_t senders = !divide ? grid : div_up(grid, few ? 4 : 3);
+    const uint32_t share = !few ? 3 : row_bytes < kSmallRow ? 2 : has_own_kernel(hidden) ? 4 : 3;
+    const uint32_t senders = divide ? div_up(grid, share) : grid;
     tokens_per_block = div_up(tokens, senders);
     blocks_per_token = 1;
     // One multiprocessor alone stores far slower than the links.

@@ -121,7 +121,7 @@ fn models_on_gpus() {
         (2048, 128, 8, 64),
         (4096, 128, 4, 33),
         // Some blocks send several tokens each, the others place.
-        (2048, 128, 8, 300),
+        (6144, 128, 8, 300),
         // A row has more lines than a block's senders hold at once.
         (14336, 16, 4, 9),
     ];
