@@ -30,8 +30,8 @@ pub const MAX_RECORD_BYTES: usize = 1 << 20;
 
 /// Collectives among the ranks of a group.
 ///
-/// Every wait ends at the deadline. Concurrent calls of one rank take turns, in no given order; a
-/// rank calls from one thread at a time if its steps are to match the other ranks'.
+/// Every wait ends at the deadline. A rank calls from one thread at a time: concurrent calls take
+/// turns in no given order, or are refused with [`Error::Busy`](crate::Error::Busy).
 pub trait Exchange: fmt::Debug + Send + Sync {
     /// This rank, below [`size`](Self::size).
     fn rank(&self) -> u32;

@@ -71,14 +71,11 @@ impl Link {
         Ok(())
     }
 
-    /// Sends a last frame as far as the socket takes it, and ends the connection. A frame that was
-    /// cut short before must not be followed by another: `clean` says that none was.
-    pub(super) fn finish(&mut self, frame: &[u8], clean: bool) {
-        if clean {
-            let mut sent = 0;
-            // The peer may be gone already; then there is nobody to tell.
-            let _ = self.send(frame, &mut sent);
-        }
+    /// Sends a last frame as far as the socket takes it, and ends the connection: nothing follows. So
+    /// where a frame was cut short, the connection is ended without another.
+    pub(super) fn finish(&mut self, frame: &[u8]) {
+        // The peer may be gone already; then there is nobody to tell.
+        let _ = self.send(frame, &mut 0);
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
     }
 

@@ -14,6 +14,8 @@ use super::{Cause, Fault, Step, give_up_at};
 use crate::{Error, Result};
 
 /// What tells one run from another at the same address: a rank with another token is turned away.
+/// (A rank of a build whose protocol is another cannot be asked for its token. It ends the group, as
+/// one of the same run would.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RunToken(pub u64);
 
@@ -243,7 +245,7 @@ impl Host {
         let rank = header.rank;
         if hello.token.get() != self.token.0 {
             tracing::warn!(rank, "turned a rank of another run away at the rendezvous");
-            link.finish(&frame::abort(0, 0, &fault(rank, Cause::Token)), true);
+            link.finish(&frame::abort(0, 0, &fault(rank, Cause::Token)));
             return;
         }
         if hello.size.get() != self.size {
@@ -317,7 +319,7 @@ impl Host {
         let abort = frame::abort(0, 0, fault);
         for seat in &mut self.seats {
             if let Seat::Taken(link) = seat {
-                link.finish(&abort, true);
+                link.finish(&abort);
                 *seat = Seat::Left;
             }
         }
@@ -326,7 +328,7 @@ impl Host {
     /// Tells one that came later why there will be no group.
     fn turn_away(&mut self, rank: u32, mut link: Link) {
         if let Some(fault) = &self.fault {
-            link.finish(&frame::abort(0, 0, fault), true);
+            link.finish(&frame::abort(0, 0, fault));
         }
         if let Some(seat) = self.seat(rank) {
             *seat = Seat::Left;

@@ -3,6 +3,10 @@
 //! Rank 0 sees every connection, so it is the one that knows who is at fault. It gives up a little
 //! before the first deadline of those that have arrived and tells everyone the fault; a rank that
 //! hears nothing until its own deadline can only name rank 0.
+//!
+//! A step has succeeded once rank 0 has all records: everyone who is still there is sent them. If
+//! someone is not, the group is broken from the next step on, so that the others agree on how this
+//! one ended.
 
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -104,7 +108,7 @@ impl Exchange for Star {
             deadline,
         };
         let outcome = match side {
-            Side::Hub(links) => turn.lead(links),
+            Side::Hub(links) => turn.lead(links, fault),
             Side::Leaf(link) => turn.follow(link),
         };
         *sequence += 1;
@@ -126,26 +130,28 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// Rank 0's part.
-    fn lead(&self, links: &mut [Link]) -> Result<Vec<Vec<u8>>, Fault> {
+    /// Rank 0's part. `broken`: what breaks the group although this step succeeded.
+    fn lead(&self, links: &mut [Link], broken: &mut Option<Fault>) -> Result<Vec<Vec<u8>>, Fault> {
         let started = Instant::now();
-        let mut sent = vec![0; links.len()];
-        let mut frame = Vec::new();
-        let outcome = self.collect(links, started).and_then(|records| {
-            frame = self.frame(Kind::Records, &records.concat());
-            self.scatter(links, &frame, &mut sent, started)?;
-            Ok(records)
+        let outcome = self.collect(links, started).map(|(records, due)| {
+            *broken = self.scatter(links, &records.concat(), due);
+            records
         });
-        if let Err(fault) = &outcome {
+        if let Some(fault) = outcome.as_ref().err().or(broken.as_ref()) {
             let abort = frame::abort(self.rank, self.sequence, fault);
-            for (link, &sent) in links.iter_mut().zip(&sent) {
-                link.finish(&abort, sent == 0 || sent == frame.len());
+            for link in links {
+                link.finish(&abort);
             }
         }
         outcome
     }
 
-    fn collect(&self, links: &mut [Link], started: Instant) -> Result<Vec<Vec<u8>>, Fault> {
+    /// All records, by rank, and when to give up on those that do not take the answer.
+    fn collect(
+        &self,
+        links: &mut [Link],
+        started: Instant,
+    ) -> Result<(Vec<Vec<u8>>, Instant), Fault> {
         let mut due = give_up_at(started, self.deadline);
         let mut records = vec![None; links.len()];
         while records.iter().any(Option::is_none) {
@@ -177,34 +183,40 @@ impl Turn<'_> {
             }
         }
         let own = std::iter::once(self.record.to_vec());
-        Ok(own.chain(records.into_iter().flatten()).collect())
+        let records = own.chain(records.into_iter().flatten()).collect();
+        Ok((records, due))
     }
 
-    fn scatter(
-        &self,
-        links: &mut [Link],
-        frame: &[u8],
-        sent: &mut [usize],
-        started: Instant,
-    ) -> Result<(), Fault> {
+    /// Sends the answer to everyone. The connection to a rank that is gone, or does not take it in
+    /// time, is ended, and the fault returned.
+    fn scatter(&self, links: &mut [Link], records: &[u8], due: Instant) -> Option<Fault> {
+        let started = Instant::now();
+        let frame = self.frame(Kind::Records, records);
+        let mut sent = vec![0; links.len()];
+        let mut lost = None;
         loop {
             for (i, link) in links.iter_mut().enumerate() {
-                link.send(frame, &mut sent[i])
-                    .map_err(|cause| self.fault(rank_of(i), cause))?;
+                if let Err(cause) = link.send(&frame, &mut sent[i]) {
+                    link.finish(&[]);
+                    sent[i] = frame.len();
+                    lost.get_or_insert(self.fault(rank_of(i), cause));
+                }
             }
-            let behind = |i: usize| sent[i] < frame.len();
-            if !(0..links.len()).any(behind) {
-                return Ok(());
+            let behind = |i: &usize| sent[*i] < frame.len();
+            if !(0..links.len()).any(|i| behind(&i)) {
+                return lost;
             }
-            if Instant::now() >= self.deadline {
-                return Err(self.missing(links, behind, started));
+            let waited_for = links.iter().enumerate().filter(|(i, _)| behind(i));
+            let waited = self.ready(waited_for.map(|(_, link)| link), PollFlags::OUT, due);
+            let fault = match waited {
+                Ok(_) if Instant::now() < due => continue,
+                Ok(_) => self.missing(links, |i| behind(&i), started),
+                Err(fault) => fault,
+            };
+            for (_, link) in links.iter_mut().enumerate().filter(|(i, _)| behind(i)) {
+                link.finish(&[]);
             }
-            let waited_for = links.iter().enumerate().filter(|(i, _)| behind(*i));
-            self.ready(
-                waited_for.map(|(_, link)| link),
-                PollFlags::OUT,
-                self.deadline,
-            )?;
+            return lost.or(Some(fault));
         }
     }
 
@@ -212,7 +224,7 @@ impl Turn<'_> {
     fn follow(&self, link: &mut Link) -> Result<Vec<Vec<u8>>, Fault> {
         let outcome = self.ask(link);
         if outcome.is_err() {
-            link.finish(&[], false);
+            link.finish(&[]);
         }
         outcome
     }
@@ -364,6 +376,7 @@ fn admit_length(header: &Header, expected: u64) -> Result<(), Cause> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::net::Shutdown;
     use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
@@ -385,15 +398,19 @@ mod tests {
 
     /// A leaf's record, as bytes.
     fn record() -> Vec<u8> {
+        record_of(1, 2, &RECORD)
+    }
+
+    fn record_of(rank: u32, size: u32, record: &[u8]) -> Vec<u8> {
         let turn = Turn {
-            rank: 1,
-            size: 2,
+            rank,
+            size,
             sequence: 0,
             step: STEP,
-            record: &RECORD,
+            record,
             deadline: soon(),
         };
-        turn.frame(Kind::Record, &RECORD)
+        turn.frame(Kind::Record, record)
     }
 
     #[test]
@@ -434,6 +451,52 @@ mod tests {
         });
     }
 
+    /// Rank 0 and ranks 1 and 3 take a step that succeeds although rank 2, which `rank_2` prepares,
+    /// does not hear of it; the next one fails for that. Ranks 1 and 3 have until `deadline`.
+    fn without_rank_2(record: &[u8], deadline: Instant, rank_2: impl FnOnce(&UnixStream)) {
+        let pairs = [(); 3].map(|()| UnixStream::pair().unwrap());
+        let [(a, first), (b, second), (c, third)] = pairs;
+        let hub = Star::hub([a, b, c].map(|end| Link::new(end.into())).into());
+        let leaves =
+            [(1, first), (3, third)].map(|(rank, end)| Star::leaf(rank, 4, Link::new(end.into())));
+        std::thread::scope(|scope| {
+            let hub = scope.spawn(|| {
+                let outcome = hub.all_gather(STEP, record, soon());
+                (outcome, hub.barrier(Step::new("next"), soon()))
+            });
+            let leaves = leaves.each_ref().map(|leaf| {
+                scope.spawn(|| {
+                    let outcome = leaf.all_gather(STEP, record, deadline);
+                    (outcome, leaf.barrier(Step::new("next"), deadline))
+                })
+            });
+            rank_2(&second);
+            let own = record_of(2, 4, record);
+            (&second).write_all(&own).unwrap();
+            for rank in [hub].into_iter().chain(leaves) {
+                let (outcome, next) = rank.join().unwrap();
+                assert_eq!(outcome.unwrap().len(), 4);
+                let Err(Error::Exchange(fault)) = next else {
+                    panic!("{next:?}")
+                };
+                assert_eq!((fault.step, &fault.ranks[..]), (STEP, &[2][..]), "{fault}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_rank_that_is_gone_before_the_answer_breaks_the_next_step() {
+        without_rank_2(&RECORD, soon(), |stream| {
+            stream.shutdown(Shutdown::Read).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_rank_that_reads_no_answer_is_given_up_before_the_first_deadline() {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        without_rank_2(&[7; MAX_RECORD_BYTES], deadline, |_| {});
+    }
+
     #[test]
     fn a_record_that_does_not_fit_is_refused_before_memory_is_set_aside() {
         let (hub, mut stream) = hub_and_stream();
@@ -472,9 +535,10 @@ mod tests {
             let outcome = hub.all_gather(STEP, &RECORD, soon());
             prop_assert!(begun.elapsed() < Duration::from_secs(2));
             if let Ok(records) = outcome {
-                // Only a whole record can pass, and its answer may still have found the socket.
-                prop_assert_eq!(records, [RECORD, RECORD]);
-                prop_assert_eq!(genuine, record().len());
+                // Only a whole record can pass, whatever it says.
+                prop_assert_eq!(records.len(), 2);
+                prop_assert_eq!(&records[0][..], RECORD);
+                prop_assert_eq!(records[1].len(), RECORD.len());
             }
         }
 
