@@ -185,8 +185,10 @@ fn connect(address: &TcpAddress, deadline: Instant) -> io::Result<OwnedFd> {
         }
         match TcpStream::connect_timeout(&remote, left.min(ATTEMPT)) {
             // While nobody listens at a port of this host's ephemeral range, a connection to it can
-            // meet itself, and would then keep rank 0 from listening there.
+            // meet itself. It is reset: ended in order it would keep rank 0 from listening there
+            // for a minute.
             Ok(stream) if stream.local_addr()? == remote => {
+                rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO))?;
                 last = io::ErrorKind::ConnectionRefused.into();
             }
             Ok(stream) => {
