@@ -168,7 +168,8 @@ fn decline(
     deadline: Instant,
 ) -> Result<()> {
     offer.export = Export::Failed(refusal);
-    Meeting::hold(group, driver, device, offer, deadline)?.agree_on_tables(group, None, deadline)
+    let mut met = Meeting::hold(group, driver, device, offer, deadline)?;
+    met.agree_on_tables(group, None, |_| None, deadline)
 }
 
 /// A connected rank: its table of peer pointers, and the mappings that they lead to.
@@ -302,15 +303,16 @@ impl Peers {
         }
     }
 
-    /// Leaves in order: waits for the group, makes every entry null, gives the mappings back, waits
-    /// for the group again, frees the table. Collective. After it, a member's memory is mapped by
-    /// nobody and may be freed.
+    /// Leaves in order: waits for the group, makes every entry null, gives the mappings back, hears
+    /// from the group that all have, frees the table. Collective. After it, a member's memory is
+    /// mapped by nobody else and may be freed.
     ///
     /// The caller has synchronised with all work that uses the table.
     ///
     /// # Errors
     /// The first thing that went wrong, after everything was done all the same. If a member did not
-    /// take part, memory that it had mapped may still be mapped there.
+    /// take part, or could not give back what it had mapped ([`Error::PeerRelease`]), this rank's
+    /// memory may still be mapped there.
     pub fn disconnect(self, group: &Group<'_>, deadline: Instant) -> Result<()> {
         let Self {
             mut table,
@@ -322,7 +324,7 @@ impl Peers {
         let cleared = table.clear();
         let released = release(imports);
         let parted = match &assembled {
-            Ok(()) => group.barrier(RELEASED, deadline),
+            Ok(()) => part(group, &released, deadline),
             // The group is broken: nobody would come.
             Err(_) => Ok(()),
         };
@@ -395,18 +397,25 @@ impl Peers {
         written: ep_sys::Result<()>,
         deadline: Instant,
     ) -> Result<()> {
-        let refusal = written.as_ref().err().map(Refusal::from);
-        met.agree_on_tables(group, refusal, deadline)?;
-        let failed = |source| driver_error(self.rank, source);
-        written.map_err(failed)?;
-        let mut entries = self.table.entries().to_vec();
-        for (rank, entry) in (0..).zip(&mut entries) {
-            if !met.both_ways(self.rank, rank) {
-                *entry = DevicePtr::NULL;
+        let mut failure = written.err();
+        let refusal = failure.as_ref().map(Refusal::from);
+        let rank = self.rank;
+        let table = &mut self.table;
+        let rewrite = |met: &Meeting| {
+            let mut entries = table.entries().to_vec();
+            for (peer, entry) in (0..).zip(&mut entries) {
+                if !met.both_ways(rank, peer) {
+                    *entry = DevicePtr::NULL;
+                }
             }
-        }
-        if entries != self.table.entries() {
-            self.table.write(entries).map_err(failed)?;
+            if entries != table.entries() {
+                failure = table.write(entries).err();
+            }
+            failure.as_ref().map(Refusal::from)
+        };
+        met.agree_on_tables(group, refusal, rewrite, deadline)?;
+        if let Some(source) = failure {
+            return Err(driver_error(rank, source));
         }
         // What was reached in one direction only is given back.
         for (import, entry) in self.imports.iter_mut().zip(self.table.entries()) {
@@ -541,29 +550,40 @@ impl Meeting {
         Ok(())
     }
 
-    /// Exchanges whose table could not be written: those ranks reach nobody.
+    /// Agrees on whose table could not be written: those ranks reach nobody. The others `rewrite`
+    /// theirs without them, which may fail in turn, until all have what they said.
     fn agree_on_tables(
+        &mut self,
+        group: &Group<'_>,
+        mut own: Option<Refusal>,
+        mut rewrite: impl FnMut(&Self) -> Option<Refusal>,
+        deadline: Instant,
+    ) -> Result<()> {
+        while self.tell_refusals(group, own, deadline)? {
+            if own.is_none() {
+                own = rewrite(self);
+            }
+        }
+        Ok(())
+    }
+
+    /// Exchanges whose table could not be written; whether anybody's is new.
+    fn tell_refusals(
         &mut self,
         group: &Group<'_>,
         own: Option<Refusal>,
         deadline: Instant,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let outcomes = group.all_gather(TABLE, &to_bytes(&Refusal::encode(own)), deadline)?;
+        let mut news = false;
         for (&rank, bytes) in group.ranks().iter().zip(&outcomes) {
-            let words = words_of(bytes, rank)?;
-            let refusal = match words[..] {
-                [call, status] => Refusal::decode([call, status]),
-                _ => None,
-            };
-            let refusal = refusal.ok_or(Error::Record {
-                rank,
-                source: RecordError::Field { field: "table" },
-            })?;
-            if let Some(refusal) = refusal {
-                self.verdicts[rank as usize].fill(Err(Reason::NoTable(refusal)));
+            if let Some(refusal) = refusal_of(bytes, rank, "table")? {
+                let verdicts = &mut self.verdicts[rank as usize];
+                news |= verdicts[rank as usize] != Err(Reason::NoTable(refusal));
+                verdicts.fill(Err(Reason::NoTable(refusal)));
             }
         }
-        Ok(())
+        Ok(news)
     }
 
     /// The entries of a rank: the peers that it reaches and that reach it.
@@ -620,6 +640,19 @@ fn release(imports: impl IntoIterator<Item = Option<Import>>) -> ep_sys::Result<
     outcome
 }
 
+/// Tells the group whether this rank has given all back, and hears whether the others have.
+fn part(group: &Group<'_>, released: &ep_sys::Result<()>, deadline: Instant) -> Result<()> {
+    let own = released.as_ref().err().map(Refusal::from);
+    let outcomes = group.all_gather(RELEASED, &to_bytes(&Refusal::encode(own)), deadline)?;
+    for (&rank, bytes) in group.ranks().iter().zip(&outcomes) {
+        let refusal = refusal_of(bytes, rank, "released")?;
+        if let Some(refusal) = refusal.filter(|_| rank != group.rank()) {
+            return Err(Error::PeerRelease { rank, refusal });
+        }
+    }
+    Ok(())
+}
+
 /// For what went wrong beside an error that is returned.
 fn log(rank: u32, outcome: ep_sys::Result<()>) {
     if let Err(error) = outcome {
@@ -637,6 +670,18 @@ fn release_error(rank: u32, source: ep_sys::Error) -> Error {
 
 fn to_bytes(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The refusal that a member sent, if it sent one.
+fn refusal_of(bytes: &[u8], rank: u32, field: &'static str) -> Result<Option<Refusal>> {
+    let refusal = match words_of(bytes, rank)?[..] {
+        [call, status] => Refusal::decode([call, status]),
+        _ => None,
+    };
+    refusal.ok_or(Error::Record {
+        rank,
+        source: RecordError::Field { field },
+    })
 }
 
 /// The words that a member sent.

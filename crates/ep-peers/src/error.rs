@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::exchange::{Fault, MAX_RECORD_BYTES, Step};
-use crate::wire::RecordError;
+use crate::wire::{RecordError, Refusal};
 
 /// The result of an operation on a group.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -29,7 +29,7 @@ pub enum Error {
     /// Rank 0 was not found.
     #[error(
         "cannot reach rank 0 at {address} within {waited:.1?}; check that rank 0 is alive and that \
-         its address (MASTER_ADDR, MASTER_PORT) is right and reachable from here"
+         its address (over TCP: MASTER_ADDR, MASTER_PORT) is right and reachable from here"
     )]
     Unreachable {
         /// Where rank 0 was looked for.
@@ -112,6 +112,17 @@ pub enum Error {
         rank: u32,
         /// The call and its status.
         source: ep_sys::Error,
+    },
+    /// Another rank could not give back what it had mapped, which may be this rank's memory.
+    #[error(
+        "rank {rank} could not give back what it had mapped ({refusal}), so this rank's memory may \
+         still be mapped there; check its log, and end its process before the memory is used anew"
+    )]
+    PeerRelease {
+        /// The other rank.
+        rank: u32,
+        /// The call of its driver and its status.
+        refusal: Refusal,
     },
     /// Something could not be given back; everything else was.
     #[error("rank {rank} cannot give back what it had mapped or allocated; check its driver log")]

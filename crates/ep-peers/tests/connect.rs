@@ -463,7 +463,8 @@ fn a_rank_that_never_comes_is_named_and_nothing_is_held() {
         let memory = rank.memory(Kind::Malloc);
         let offer = memory.offer(1, rank.identity);
         let deadline = Instant::now() + Duration::from_millis(300);
-        connect(&rank.group(), &rank.driver, rank.device, offer, deadline).err()
+        let connected = connect(&rank.group(), &rank.driver, rank.device, offer, deadline);
+        Some(connected.unwrap_err())
     });
     for error in outcomes.into_iter().flatten() {
         let Error::Exchange(Fault {
@@ -475,6 +476,44 @@ fn a_rank_that_never_comes_is_named_and_nothing_is_held() {
             panic!("{error:?}")
         };
         assert_eq!(ranks, [1]);
+    }
+}
+
+#[test]
+fn a_table_that_cannot_be_rewritten_is_told_too() {
+    let outcomes = run(&Cluster::hgx_h200(4), Ranks::Processes, |rank| {
+        let memory = rank.memory(Kind::Malloc);
+        // A table is made of nulls first. Rank 1 cannot write its own then, and rank 2 cannot write
+        // its own again without rank 1.
+        let failing = match rank.rank() {
+            1 => FaultPlan::fail_nth_of(Call::CopyToDevice, 1, FIRST),
+            2 => FaultPlan::fail_nth_of(Call::CopyToDevice, 2, SECOND),
+            _ => FaultPlan::none(),
+        };
+        rank.sim.inject(failing);
+        let connected = rank.connect(&memory);
+        rank.sim.inject(FaultPlan::none());
+        let peers = match connected {
+            Ok(peers) => peers,
+            Err(error) => return Err(error),
+        };
+        let reasons = (0..4).map(|peer| peers.reason(peer).map(|why| why.reason));
+        let reachable = (0..4).map(|peer| peers.is_reachable(peer));
+        Ok((reachable.collect::<Vec<_>>(), reasons.collect::<Vec<_>>()))
+    });
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        match (rank, outcome) {
+            (1 | 2, Err(Error::Driver { .. })) => {}
+            (0 | 3, Ok((reachable, reasons))) => {
+                assert_eq!(reachable, [true, false, false, true]);
+                assert!(matches!(
+                    reasons[..],
+                    [None, Some(Reason::NoTable(first)), Some(Reason::NoTable(second)), None]
+                        if first.status == Some(FIRST) && second.status == Some(SECOND)
+                ));
+            }
+            (rank, outcome) => panic!("rank {rank}: {outcome:?}"),
+        }
     }
 }
 
@@ -623,7 +662,7 @@ fn teardown_does_not_wait_for_the_dead() {
             let begun = Instant::now();
             let outcome = peers.disconnect(&rank.group(), begun + Duration::from_millis(300));
             assert!(begun.elapsed() < Duration::from_millis(550));
-            outcome.err()
+            Some(outcome.unwrap_err())
         });
         for error in outcomes.into_iter().flatten() {
             assert!(
@@ -631,6 +670,31 @@ fn teardown_does_not_wait_for_the_dead() {
                 "{error}"
             );
         }
+    }
+}
+
+#[test]
+fn a_mapping_that_cannot_be_given_back_is_told_to_its_owner() {
+    let ranks = ranks(&Cluster::hgx_h200(3), Ranks::Processes);
+    let outcomes = in_threads(ranks, |rank| {
+        let memory = rank.memory(Kind::Malloc);
+        let peers = rank.connect(&memory).unwrap();
+        if rank.rank() == 1 {
+            rank.sim
+                .inject(FaultPlan::fail_nth_of(Call::IpcClose, 0, FIRST));
+        }
+        peers.disconnect(&rank.group(), soon()).unwrap_err()
+    });
+    for (rank, error) in outcomes.iter().enumerate() {
+        assert!(
+            match error {
+                Error::Release { rank: 1, .. } => rank == 1,
+                Error::PeerRelease { rank: 1, refusal } =>
+                    rank != 1 && refusal.call == Call::IpcClose,
+                _ => false,
+            },
+            "rank {rank}: {error}"
+        );
     }
 }
 

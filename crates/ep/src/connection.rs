@@ -170,7 +170,10 @@ impl Connection {
 fn is_refused_release(error: &Error) -> bool {
     match error {
         Error::Memory { source, .. } => matches!(source, ep_alloc::Error::Release { .. }),
-        Error::Group { source, .. } => matches!(source, ep_peers::Error::Release { .. }),
+        Error::Group { source, .. } => matches!(
+            source,
+            ep_peers::Error::Release { .. } | ep_peers::Error::PeerRelease { .. }
+        ),
         _ => false,
     }
 }

@@ -84,7 +84,7 @@ impl fmt::Display for Fault {
             Cause::Missing { waited } => write!(
                 f,
                 "{who} did not arrive at step {step} within {waited:.1?}; check that its process \
-                 is alive and that the rendezvous (MASTER_ADDR, MASTER_PORT) is reachable from it"
+                 is alive and that it can reach the rendezvous (over TCP: MASTER_ADDR, MASTER_PORT)"
             ),
             Cause::Lost { errno: None } => write!(
                 f,
@@ -110,7 +110,7 @@ impl fmt::Display for Fault {
             Cause::Foreign => write!(
                 f,
                 "{who} sent something that is no frame at step {step}; check that no other \
-                 program uses the rendezvous (MASTER_ADDR, MASTER_PORT)"
+                 program uses the rendezvous (over TCP: MASTER_ADDR, MASTER_PORT)"
             ),
             Cause::Version { expected, actual } => write!(
                 f,
@@ -135,7 +135,7 @@ impl fmt::Display for Fault {
             Cause::Token => write!(
                 f,
                 "{who} belongs to another run at step {step}; check that two runs do not share \
-                 one rendezvous (MASTER_ADDR, MASTER_PORT)"
+                 one rendezvous (over TCP: MASTER_ADDR, MASTER_PORT)"
             ),
         }
     }
