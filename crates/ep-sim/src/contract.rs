@@ -620,6 +620,34 @@ fn host_memory(b: &mut Bench<'_>) -> Result<()> {
             invalid,
         );
     }
+    let other = DevicePtr(memory.device.0.wrapping_add(8));
+    for changed in [
+        HostMemory {
+            bytes: 8192,
+            ..memory
+        },
+        HostMemory {
+            bytes: u64::MAX,
+            ..memory
+        },
+        HostMemory {
+            device: other,
+            ..memory
+        },
+    ] {
+        for offset in [0, 4096, u64::MAX - 15] {
+            b.refused(
+                "a load from what was given otherwise",
+                driver.host_load(changed, offset),
+                invalid,
+            );
+        }
+        b.refused(
+            "free of what was given otherwise",
+            driver.host_free(device, changed),
+            invalid,
+        );
+    }
     buffer.close()?;
     b.refused("second free", driver.host_free(device, memory), invalid);
     b.refused("load after free", driver.host_load(memory, 0), invalid);

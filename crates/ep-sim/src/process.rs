@@ -104,7 +104,9 @@ enum Role {
         identity: Identity,
         opens: usize,
     },
-    Host,
+    Host {
+        bytes: u64,
+    },
 }
 
 #[derive(Debug)]
@@ -472,7 +474,7 @@ impl Process {
             return Err(Status::INVALID_VALUE.into());
         }
         let space = Space::of_host(bytes, device)?;
-        let device = self.place(space, Role::Host);
+        let device = self.place(space, Role::Host { bytes });
         Ok(HostMemory {
             host: device.0,
             device,
@@ -481,18 +483,15 @@ impl Process {
     }
 
     pub(crate) fn host_free(&mut self, memory: HostMemory) -> Result<()> {
-        self.remove(memory.device, |region| region.role == Role::Host)
+        self.remove(memory.device, |region| is_as_given(region, memory))
     }
 
     pub(crate) fn host_load(&self, memory: HostMemory, offset: u64) -> Result<u64> {
-        let region = self
-            .regions
-            .get(&memory.host)
-            .filter(|region| region.role == Role::Host);
+        let region = self.regions.get(&memory.host);
         let inside = offset.is_multiple_of(8)
             && offset.checked_add(8).is_some_and(|end| end <= memory.bytes);
         region
-            .filter(|_| inside)
+            .filter(|region| inside && is_as_given(region, memory))
             .and_then(|region| region.space.load(memory.host + offset))
             .ok_or(Status::INVALID_VALUE.into())
     }
@@ -744,7 +743,7 @@ impl Process {
                     live.allocations += 1;
                     injected += usize::from(region.stuck > 0);
                 }
-                Role::Host => {
+                Role::Host { .. } => {
                     live.host += 1;
                     injected += usize::from(region.stuck > 0);
                 }
@@ -891,6 +890,16 @@ fn reaches(cluster: &Cluster, node: u32, here: u32, there: u32) -> bool {
     let open =
         |gpu| describe(cluster, node, gpu).is_some_and(|gpu| gpu.peer_access == PeerAccess::All);
     here == there || (open(here) && open(there))
+}
+
+/// Whether the region is host memory, and that is how it was handed out.
+fn is_as_given(region: &Region, memory: HostMemory) -> bool {
+    let HostMemory {
+        host,
+        device,
+        bytes,
+    } = memory;
+    region.role == Role::Host { bytes } && (host, device.0) == (region.space.base(), host)
 }
 
 fn done(copied: bool) -> Result<()> {
