@@ -55,6 +55,5 @@ extern "C" int32_t ep_barrier_launch(const ep_barrier_args* args, void* stream,
     return EP_LAUNCH_BAD_ARGS;
   const DeviceGuard device(args->group.device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
-  barrier<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
-  return status_of(cudaGetLastError(), cuda_error);
+  return status_of(launch(barrier, 1, kThreads, 0, stream, *args), cuda_error);
 }

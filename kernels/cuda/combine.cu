@@ -656,7 +656,7 @@ bool is_sound(const ep_combine_args& a) {
   constexpr uint32_t kParts = EP_COMBINE_SEND | EP_COMBINE_RECV;
   if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 ||
       (a.flags & ~(kParts | EP_COMBINE_WEIGHTS)) != 0 || !group_is_sound(a.group) ||
-      !handle_is_sound(a.handle, a.group, a.layout))
+      !handle_is_sound(a.handle, a.group, a.layout) || !aligned_for_vectors(a.y, a.out))
     return false;
   const bool tokens = a.handle.num_tokens != 0;
   if ((a.flags & EP_COMBINE_WEIGHTS) != 0 && tokens && a.topk_weights == 0) return false;
@@ -682,9 +682,8 @@ extern "C" int32_t ep_combine_launch(const ep_combine_args* args, void* stream,
   cudaError_t e = grid_for(args->group, &grid);
   if (e == cudaSuccess) {
     const CombineKernel& k = kernel_for(*args, grid);
-    k.kernel<<<grid, k.threads, 12 * args->group.num_ranks, static_cast<cudaStream_t>(stream)>>>(
-        *args, Plan(*args, k.lines, k.threads / 32 * grid));
-    e = cudaGetLastError();
+    const Plan plan(*args, k.lines, k.threads / 32 * grid);
+    e = launch(k.kernel, grid, k.threads, 12 * args->group.num_ranks, stream, *args, plan);
   }
   return status_of(e, cuda_error);
 }

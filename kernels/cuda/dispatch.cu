@@ -1390,7 +1390,7 @@ bool is_sound(const ep_dispatch_args& a) {
   constexpr uint32_t kFlags =
       kParts | EP_DISPATCH_FP8 | EP_DISPATCH_WEIGHTS | EP_DISPATCH_POW2 | EP_DISPATCH_UE8M0;
   if (a.struct_size != sizeof(a) || (a.flags & kParts) == 0 || !group_is_sound(a.group) ||
-      !handle_is_sound(a.handle, a.group, a.layout))
+      !handle_is_sound(a.handle, a.group, a.layout) || !aligned_for_vectors(a.x, a.recv_x))
     return false;
   if ((a.flags & EP_DISPATCH_SEND) != 0 && a.handle.num_tokens != 0 &&
       (a.x == 0 || a.topk_idx == 0))
@@ -1427,11 +1427,8 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   const Division division(*args, grid);
   const DispatchKernel& k = kernel_for(args->group.hidden, fp8, division.few_tokens);
   const Plan plan(*args, fp8, k.unit_lines, division);
-  e = allow_shared(k.kernel, plan.shared.bytes);
-  if (e == cudaSuccess) {
-    k.kernel<<<grid, k.threads, plan.shared.bytes, static_cast<cudaStream_t>(stream)>>>(*args,
-                                                                                        plan);
-    e = cudaGetLastError();
-  }
+  e = allow_shared(k.kernel, plan.shared.bytes, args->group.device);
+  if (e == cudaSuccess)
+    e = launch(k.kernel, grid, k.threads, plan.shared.bytes, stream, *args, plan);
   return status_of(e, cuda_error);
 }

@@ -17,6 +17,5 @@ extern "C" int32_t ep_empty_launch(const ep_empty_args* args, void* stream, int3
   if (args == nullptr || args->struct_size != sizeof(*args)) return EP_LAUNCH_BAD_ARGS;
   const DeviceGuard device(args->device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
-  empty<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>();
-  return status_of(cudaGetLastError(), cuda_error);
+  return status_of(launch(empty, 1, 32, 0, stream), cuda_error);
 }

@@ -52,8 +52,7 @@ extern "C" int32_t ep_dequantize_launch(const ep_dequantize_args* args, void* st
   if (args->rows == 0) return EP_LAUNCH_OK;
   const DeviceGuard device(args->device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
-  dequantize<<<args->rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
-  return status_of(cudaGetLastError(), cuda_error);
+  return status_of(launch(dequantize, args->rows, kThreads, 0, stream, *args), cuda_error);
 }
 
 extern "C" int32_t ep_swiglu_launch(const ep_swiglu_args* args, void* stream, int32_t* cuda_error) {
@@ -62,6 +61,5 @@ extern "C" int32_t ep_swiglu_launch(const ep_swiglu_args* args, void* stream, in
   if (args->rows == 0) return EP_LAUNCH_OK;
   const DeviceGuard device(args->device);
   if (device.error() != cudaSuccess) return status_of(device.error(), cuda_error);
-  swiglu<<<args->rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*args);
-  return status_of(cudaGetLastError(), cuda_error);
+  return status_of(launch(swiglu, args->rows, kThreads, 0, stream, *args), cuda_error);
 }

@@ -80,8 +80,9 @@ inline bool group_is_sound(const ep_group& g) {
   return g.peer_table != 0 && g.control != 0 && g.faults != 0 && g.timeout_ns != 0 &&
          g.num_ranks >= 1 && g.num_ranks <= EP_MAX_RANKS && g.rank < g.num_ranks &&
          g.num_experts % g.num_ranks == 0 && g.num_experts >= g.num_ranks &&
-         g.num_experts <= EP_MAX_EXPERTS && g.max_tokens >= 1 && g.max_tokens <= EP_MAX_TOKENS &&
-         g.hidden >= EP_HIDDEN_MULTIPLE && g.hidden % EP_HIDDEN_MULTIPLE == 0 && g.max_top_k >= 1 &&
+         g.num_experts <= EP_MAX_EXPERTS && g.num_experts / g.num_ranks <= EP_MAX_LOCAL_EXPERTS &&
+         g.max_tokens >= 1 && g.max_tokens <= EP_MAX_TOKENS && g.hidden >= EP_HIDDEN_MULTIPLE &&
+         g.hidden <= EP_MAX_HIDDEN && g.hidden % EP_HIDDEN_MULTIPLE == 0 && g.max_top_k >= 1 &&
          g.max_top_k <= EP_MAX_TOP_K;
 }
 
@@ -102,11 +103,32 @@ inline cudaError_t grid_for(const ep_group& g, unsigned* grid) {
   return cudaSuccess;
 }
 
+// Whether kernels can use the memory at these addresses 16 bytes at a time.
+inline bool aligned_for_vectors(uint64_t a, uint64_t b) { return ((a | b) & 15) == 0; }
+
+// Launches a kernel. The error is this launch's: cudaGetLastError after <<<>>> may be that of any
+// earlier call of the thread, and then says of a kernel that runs that it does not.
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), unsigned grid, unsigned threads, size_t shared,
+                   void* stream, const Params&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Lets a kernel have more shared memory than it may by default: all that the device has, because
+// the limit is the kernel's, and another thread may be about to launch it with more than `bytes`.
 template <class Kernel>
-cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
+cudaError_t allow_shared(Kernel* kernel, size_t bytes, int device) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  int most = 0;
+  const cudaError_t e =
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e != cudaSuccess) return e;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 // Loads kernels onto the current device.

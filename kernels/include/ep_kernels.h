@@ -23,6 +23,7 @@ extern "C" {
 #define EP_MAX_LOCAL_EXPERTS 2048u
 #define EP_MAX_EXPERTS 8192u
 #define EP_MAX_TOP_K 32u
+#define EP_MAX_HIDDEN 65536u
 #define EP_MAX_TOKENS 65536u
 #define EP_MAX_RANKS 1024u
 #define EP_HIDDEN_MULTIPLE 128u
@@ -87,7 +88,8 @@ typedef struct ep_fault {
 
 /* Device-resident state of one buffer, zeroed when the buffer is made and kept by the kernels.
  * Opaque to the host but for its size and `active`, the participation table at offset 0: one u32 a
- * rank, non-zero takes part; read once per operation. Bytes: EP_CONTROL_BYTES(R). */
+ * rank, non-zero takes part; not changed while an operation runs. A rank itself always takes part.
+ * Bytes: EP_CONTROL_BYTES(R). */
 #define EP_CONTROL_FIXED_BYTES 1024u
 #define EP_CONTROL_BYTES(num_ranks) (EP_CONTROL_FIXED_BYTES + 128u * (num_ranks))
 
@@ -133,7 +135,7 @@ typedef struct ep_group {
   uint64_t peer_table; /* device address of u64[R]: base of each rank's symmetric buffer, or 0 */
   uint64_t control;    /* device address, EP_CONTROL_BYTES(R), zeroed once */
   uint64_t faults;     /* device address of ep_fault[EP_FAULT_RING] in page-locked host memory */
-  uint64_t timeout_ns; /* bound on an operation's waits, from its start */
+  uint64_t timeout_ns; /* bound on each part's waits, from the first that takes long */
   uint32_t rank;
   uint32_t num_ranks;
   uint32_t num_experts;
@@ -160,7 +162,8 @@ typedef struct ep_handle {
   uint32_t reserved;
 } ep_handle;
 
-/* Dispatch. Inputs are complete and outputs free when the stream reaches the launch.
+/* Dispatch. Inputs are complete and outputs free when the stream reaches the launch; x and recv_x
+ * are aligned to 16 bytes.
  *   x             bf16 [T, H]
  *   topk_idx      i64 [T, K]; -1 is no expert; out of range is skipped and reported
  *   topk_weights  f32 [T, K] with EP_DISPATCH_WEIGHTS, else 0
@@ -194,7 +197,7 @@ typedef struct ep_dispatch_args {
   uint64_t wait_ns;
 } ep_dispatch_args;
 
-/* Combine.
+/* Combine. y and out are aligned to 16 bytes.
  *   y             bf16 [L, R*M, H]: expert outputs where recv_x had the inputs
  *   topk_weights  f32 [T, K] with EP_COMBINE_WEIGHTS, else 0: then the dispatch's, or 1 if it had
  *                 none

@@ -10,6 +10,7 @@ pub const EP_KERNELS_ABI_VERSION: u32 = 3;
 pub const EP_MAX_LOCAL_EXPERTS: u32 = 2048;
 pub const EP_MAX_EXPERTS: u32 = 8192;
 pub const EP_MAX_TOP_K: u32 = 32;
+pub const EP_MAX_HIDDEN: u32 = 65536;
 pub const EP_MAX_TOKENS: u32 = 65536;
 pub const EP_MAX_RANKS: u32 = 1024;
 pub const EP_HIDDEN_MULTIPLE: u32 = 128;

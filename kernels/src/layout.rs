@@ -2,7 +2,7 @@
 //! ranks derive the same offsets.
 
 use crate::ffi::{
-    self, EP_HIDDEN_MULTIPLE, EP_LINE_BYTES, EP_LINE_DATA_BYTES, EP_MAX_EXPERTS,
+    self, EP_HIDDEN_MULTIPLE, EP_LINE_BYTES, EP_LINE_DATA_BYTES, EP_MAX_EXPERTS, EP_MAX_HIDDEN,
     EP_MAX_LOCAL_EXPERTS, EP_MAX_RANKS, EP_MAX_TOKENS, EP_MAX_TOP_K,
 };
 
@@ -78,7 +78,7 @@ impl Shape {
         };
         range("num_ranks", self.num_ranks, 1, EP_MAX_RANKS)?;
         range("max_tokens", self.max_tokens, 1, EP_MAX_TOKENS)?;
-        range("hidden", self.hidden, EP_HIDDEN_MULTIPLE, 1 << 20)?;
+        range("hidden", self.hidden, EP_HIDDEN_MULTIPLE, EP_MAX_HIDDEN)?;
         range("max_top_k", self.max_top_k, 1, EP_MAX_TOP_K)?;
         range("slots", self.slots, 1, 64)?;
         range("sends_in_flight", self.sends_in_flight, 1, 64)?;
@@ -156,8 +156,8 @@ impl Layout {
         let payload = lines(2 * u64::from(shape.hidden));
         let header_lines = lines(8 * (1 + k));
         let weight_lines = lines(4 * k);
-        // With `s` sends in flight, a peer that has been heard in operation n may still be reading
-        // operation n - 2s + 1: twice as many buffers keep every write clear of every read.
+        // With `s` sends in flight, a peer may still be reading operation n - 2s + 1 while this rank
+        // sends operation n: twice as many buffers keep every write clear of every read.
         // A power of two, because kernels take the epoch modulo the ring.
         let ring = (2 * shape.sends_in_flight).next_power_of_two();
 

@@ -48,13 +48,17 @@ pub enum LaunchError {
     },
     /// The launcher refused the arguments: the header and the library disagree, or a shape is
     /// outside the limits.
-    #[error("{kernel} refused its arguments; header and library may be of different versions")]
+    #[error(
+        "{kernel} refused its arguments; check that tensors are aligned to 16 bytes, and that header and library are of one version"
+    )]
     BadArgs {
         /// The kernel.
         kernel: Kernel,
     },
     /// The device cannot run the kernel.
-    #[error("{kernel} does not run on this device; compute capability 9.0 or newer is needed")]
+    #[error(
+        "{kernel} does not run on this device; compile the kernels for its compute capability (EP_CUDA_ARCHS), 9.0 or newer"
+    )]
     Unsupported {
         /// The kernel.
         kernel: Kernel,

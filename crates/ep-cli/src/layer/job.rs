@@ -62,7 +62,7 @@ impl Job {
             self.top_k.max(self.ranks),
             2048 * self.ranks,
         )?;
-        range("--hidden", self.hidden, 128, 1 << 20)?;
+        range("--hidden", self.hidden, 128, 1 << 16)?;
         range("--intermediate", self.intermediate, 8, 1 << 20)?;
         range("--iters", self.iters, 0, 1_000_000)?;
         multiple("--experts", self.experts, self.ranks)?;
