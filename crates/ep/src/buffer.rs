@@ -28,7 +28,9 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// run in the order of the stream; an operation on another stream than the one before it must be
 /// made to wait for that one, with [`Stream::follow`]. Arguments must stay unchanged, and results are
 /// there, when the stream has passed the operation. The device counts the operations itself, so a
-/// captured CUDA graph can be replayed, on every rank alike.
+/// captured CUDA graph can be replayed, on every rank alike. A replayed dispatch uses the slot that it
+/// was captured with: whatever handles are alive then must have been alive when it was captured, or
+/// it overwrites what one of them holds.
 ///
 /// # Beside other work
 /// For operations that run while the caller's stream goes on, make a second stream and give them
@@ -165,7 +167,8 @@ impl Buffer {
             .transpose()
     }
 
-    /// What the dispatch of a handle has reported so far.
+    /// What the dispatch of a handle has reported so far. Not to be relied on once a graph has been
+    /// replayed, as [`status`](Self::status).
     pub fn status_of(&self, handle: &Handle) -> Result<Status, Error> {
         if handle.buffer != self.id {
             return Err(Error::ForeignHandle { rank: self.rank() });
@@ -260,8 +263,8 @@ impl Buffer {
     ///
     /// # Errors
     /// The first thing that went wrong; the rest has been given back all the same. When other ranks
-    /// do not come within the deadline, memory that they could still write is not freed but lost to
-    /// the process, and the error says so.
+    /// do not come within the deadline, or a refresh left some out, memory that threads of this
+    /// process could still write is not freed but lost to it, which the log says.
     pub fn close(self) -> Result<(), Error> {
         let Self {
             mut connection,

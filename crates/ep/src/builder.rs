@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ep_alloc::{Choice, ProbeOptions, RankFacts, probe};
 use ep_kernels::{Layout, ffi};
+use ep_sys::Bytes16;
 
 use crate::connection::Connection;
 use crate::facts::{self, Hello};
@@ -88,7 +89,7 @@ impl BufferBuilder {
 
         let shape = self.config.shape(self.comm.size());
         let layout = Layout::new(&shape).map_err(|source| Error::Config { rank, source });
-        let hello = self.hello(settings.as_ref().map(|settings| settings.choice).ok());
+        let hello = self.hello(settings.as_ref().ok());
         let heard = session.gather("facts", &hello.encode(GENERATION));
         // What this rank did wrong itself explains more than what it hears of the others.
         let settings = settings?;
@@ -122,23 +123,26 @@ impl BufferBuilder {
             choice: self.choice.map_or_else(env::choice, Ok)?,
             deadline: env::bound(rank, "deadline", self.deadline, env::deadline)?,
             timeout: env::bound(rank, "timeout", self.timeout, env::timeout)?,
+            process: self.device.process().map_err(Error::process(rank))?,
         })
     }
 
-    /// What this rank tells of itself. Without a choice it says that it cannot go on.
-    fn hello(&self, choice: Option<Choice>) -> Hello {
+    /// What this rank tells of itself. Without settings it says that it cannot go on.
+    fn hello(&self, settings: Option<&Settings>) -> Hello {
         let rank = self.comm.rank();
         let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
         let probe = probe(driver, ordinal, &ProbeOptions::default());
-        let process = self.device.process();
+        let (choice, process) = settings
+            .map(|settings| (settings.choice, settings.process))
+            .unwrap_or_default();
         Hello {
-            is_ready: choice.is_some(),
+            is_ready: settings.is_some(),
             config: self.config,
             kernels: (
                 self.device.backend().to_owned(),
                 ffi::EP_KERNELS_ABI_VERSION,
             ),
-            facts: RankFacts::new(rank, process, choice.unwrap_or_default(), &probe),
+            facts: RankFacts::new(rank, process, choice, &probe),
         }
     }
 }
@@ -151,4 +155,5 @@ pub(crate) struct Settings {
     choice: Choice,
     deadline: Duration,
     pub(crate) timeout: Duration,
+    process: Bytes16,
 }

@@ -10,6 +10,7 @@ use ep_peers::exchange::tcp::{Tcp, TcpAddress};
 use ep_peers::exchange::unix::{Unix, UnixAddress};
 use ep_peers::exchange::{Exchange, RunToken, Step};
 
+use crate::session::due_in;
 use crate::{Error, Launch, env};
 
 /// One rank's membership in a group. Cheap to clone; the clones are one rank.
@@ -48,15 +49,9 @@ impl Communicator {
             [b'@', name @ ..] => UnixAddress::Abstract(name.to_vec()),
             _ => UnixAddress::Path(path),
         };
-        Unix::connect(
-            &address,
-            rank,
-            size,
-            RunToken::default(),
-            Instant::now() + deadline,
-        )
-        .map(Self::new)
-        .map_err(|source| Error::Group { rank, source })
+        Unix::connect(&address, rank, size, RunToken::default(), due_in(deadline))
+            .map(Self::new)
+            .map_err(|source| Error::Group { rank, source })
     }
 
     /// Meets processes of any hosts at a TCP port of rank 0's host. Returns when all `size` ranks
@@ -85,14 +80,9 @@ impl Communicator {
         size: u32,
         deadline: Duration,
     ) -> Result<Self, Error> {
-        Tcp::host(
-            listener,
-            size,
-            RunToken::default(),
-            Instant::now() + deadline,
-        )
-        .map(Self::new)
-        .map_err(|source| Error::Group { rank: 0, source })
+        Tcp::host(listener, size, RunToken::default(), due_in(deadline))
+            .map(Self::new)
+            .map_err(|source| Error::Group { rank: 0, source })
     }
 
     /// Meets the ranks of a launcher, over TCP: see [`env`](crate::env) for the variables.
@@ -135,14 +125,14 @@ impl Communicator {
     /// the caller's ranks have to agree on, such as timings.
     ///
     /// ```
-    /// use std::time::Duration;
+    /// use std::time::{Duration, Instant};
     /// # let alone = ep::Communicator::threads(1).remove(0);
     /// let records = alone.all_gather(b"hello", Duration::from_secs(1))?;
     /// assert_eq!(records, [b"hello"]);
     /// # Ok::<(), ep::Error>(())
     /// ```
     pub fn all_gather(&self, record: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>, Error> {
-        self.gather(Step::new("caller's"), record, Instant::now() + deadline)
+        self.gather(Step::new("caller's"), record, due_in(deadline))
     }
 
     /// Returns when every rank has arrived.
@@ -181,7 +171,7 @@ impl Communicator {
         run: RunToken,
         deadline: Duration,
     ) -> Result<Self, Error> {
-        Tcp::connect(address, rank, size, run, Instant::now() + deadline)
+        Tcp::connect(address, rank, size, run, due_in(deadline))
             .map(Self::new)
             .map_err(|source| Error::Group { rank, source })
     }

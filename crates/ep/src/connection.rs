@@ -124,6 +124,8 @@ impl Connection {
         };
         session.agree("refresh", finished)?;
         // From here on no member uses another's memory.
+        let stays = |rank: &u32| session.members().contains(rank);
+        memory.has_strays |= !self.session.members().iter().all(stays);
         self.session = session;
         let session = &self.session;
         let generation = session.most("generation", peers.generation())?;
@@ -278,9 +280,13 @@ impl Ties {
             .group()
             .and_then(|group| peers.disconnect(&group, session.due()));
         let freed = match &left {
-            // Every rank has given back its mapping, as far as its driver let it.
-            Ok(()) | Err(ep_peers::Error::Release { .. }) => memory.allocation.close(),
-            Err(_) => {
+            // Every rank has given back its mapping.
+            Ok(()) | Err(ep_peers::Error::Release { .. })
+                if !(memory.is_direct && memory.has_strays) =>
+            {
+                memory.allocation.close()
+            }
+            _ => {
                 memory.give_up();
                 Ok(())
             }
@@ -347,6 +353,9 @@ struct Symmetric {
     /// Whether peers use the allocation itself, as threads of this process do with plain memory. All
     /// others have mappings that keep the memory behind them.
     is_direct: bool,
+    /// Whether a refresh left a rank out. That rank has been told nothing, and may still use what it
+    /// has of this memory.
+    has_strays: bool,
 }
 
 impl Symmetric {
@@ -375,6 +384,7 @@ impl Symmetric {
                 clique: own.clique(),
             },
             is_direct: backend == BackendKind::Malloc && facts.iter().any(is_thread),
+            has_strays: false,
         };
         memory.zero()?;
         let export = memory.export(rank)?;
@@ -411,13 +421,13 @@ impl Symmetric {
         }
     }
 
-    /// For when the group is broken: frees the memory unless a thread of this process may still
-    /// write it. Then it is lost to the process, as the lesser evil.
+    /// For when a rank has not left in order: frees the memory unless a thread of this process may
+    /// still write it. Then it is lost to the process, as the lesser evil.
     fn give_up(self) {
         if self.is_direct {
             tracing::error!(
                 bytes = self.allocation.bytes(),
-                "symmetric memory is not freed: the group broke and its threads may still use it"
+                "symmetric memory is not freed: a thread that did not leave the group may still use it"
             );
             #[allow(
                 clippy::disallowed_methods,

@@ -1,8 +1,8 @@
 //! A device with its driver and its kernels.
 
 use std::fmt;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::{Arc, OnceLock};
+use std::io;
+use std::sync::Arc;
 
 use ep_kernels::{HostKernels, Kernels};
 use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, vmm};
@@ -47,14 +47,18 @@ impl Device {
     /// The GPU with this number among those that the process sees, with the CUDA kernels.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if there is no driver or no visible GPU,
-    /// [`Error::Launch`](crate::Error::Launch) if the linked kernels are of another version.
+    /// [`Error::Driver`](crate::Error::Driver) if there is no driver or no such GPU among those that
+    /// the process sees, [`Error::Launch`](crate::Error::Launch) if the linked kernels are of another
+    /// version or not compiled for it.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: DeviceOrdinal) -> Result<Self, crate::Error> {
         use ep_kernels::CudaKernels;
         use ep_sys::CudaDriver;
 
         let driver = CudaDriver::load().map_err(crate::Error::driver("opening the driver"))?;
+        driver
+            .device_info(ordinal)
+            .map_err(crate::Error::driver("opening the device"))?;
         let kernels = CudaKernels::new().map_err(crate::Error::launch)?;
         kernels
             .load(ordinal.0 as i32)
@@ -111,28 +115,21 @@ impl Device {
 
     /// Whether memory of `other` is memory of this device.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        self.ordinal() == other.ordinal() && self.backend() == other.backend()
+        let of = |device: &Self| (device.ordinal(), device.can_run());
+        of(self) == of(other) && self.backend() == other.backend()
     }
 
     /// What two ranks have in common exactly if they are of one process, as the driver sees
     /// processes: every simulated driver is one.
-    pub(crate) fn process(&self) -> Bytes16 {
-        static TOKEN: OnceLock<[u8; 16]> = OnceLock::new();
-        let mut token = *TOKEN.get_or_init(|| {
-            let mut token = [0; 16];
-            for half in token.chunks_exact_mut(8) {
-                // Its keys are the standard library's only door to the system's randomness.
-                half.copy_from_slice(&RandomState::new().build_hasher().finish().to_ne_bytes());
-            }
-            token
-        });
+    pub(crate) fn process(&self) -> io::Result<Bytes16> {
+        let Bytes16(mut token) = ep_peers::process_token()?;
         if self.backend() != "cuda" {
             let driver = Arc::as_ptr(&self.shared.driver).addr() as u64;
-            for (byte, of_driver) in token.iter_mut().zip(driver.to_ne_bytes()) {
+            for (byte, of_driver) in token.iter_mut().rev().zip(driver.to_ne_bytes()) {
                 *byte ^= of_driver;
             }
         }
-        Bytes16(token)
+        Ok(Bytes16(token))
     }
 }
 

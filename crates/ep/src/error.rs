@@ -1,6 +1,6 @@
 //! What can go wrong, and what to check next.
 
-use std::fmt;
+use std::{fmt, io};
 
 use ep_alloc::{ChoiceError, Failure, Plan, PolicyError};
 use ep_kernels::{Kernel, LaunchError, ShapeError};
@@ -118,6 +118,17 @@ pub enum Error {
         /// What the group tried, and why.
         plan: Box<Plan>,
     },
+    /// This process cannot be told from others.
+    #[error(
+        "rank {rank} drew no random number to tell its process from others by; check that the \
+         process may call getrandom"
+    )]
+    Process {
+        /// This rank.
+        rank: u32,
+        /// The system's error.
+        source: io::Error,
+    },
     /// A driver call failed.
     #[error("{}{doing} failed", Of(*rank))]
     Driver {
@@ -165,8 +176,8 @@ pub enum Error {
     },
     /// As many operations are sent and not yet received as the buffer allows.
     #[error(
-        "rank {rank}: {pending} of {operation} are sent and not received; receive one first, or \
-         raise Config::sends_in_flight"
+        "rank {rank}: {pending} of {operation} are sent and not received; receive one first \
+         (before it only send parts of a dispatch may begin, up to Config::sends_in_flight)"
     )]
     Pending {
         /// This rank.
@@ -393,6 +404,10 @@ impl Error {
             doing,
             source,
         }
+    }
+
+    pub(crate) fn process(rank: u32) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Process { rank, source }
     }
 
     pub(crate) fn launch(source: LaunchError) -> Self {

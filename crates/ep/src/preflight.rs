@@ -11,7 +11,7 @@ use ep_alloc::{
 };
 use ep_kernels::{HostKernels, ffi};
 use ep_peers::{Access, Unreachable};
-use ep_sys::{DeviceOrdinal, Driver};
+use ep_sys::{Bytes16, DeviceOrdinal, Driver};
 
 pub use self::bandwidth::Bandwidth;
 use crate::connection::{Evidence, Ties, first_of};
@@ -98,7 +98,8 @@ impl Preflight {
         let deadline = env::bound(rank, "deadline", self.deadline, env::deadline);
         let bound = *deadline.as_ref().unwrap_or(&env::DEADLINE);
         let session = Session::new(self.comm.clone(), bound);
-        let settings = choice.and_then(|choice| deadline.map(|_| choice));
+        let process = self.device.process().map_err(Error::process(rank));
+        let settings = choice.and_then(|choice| Ok((choice, deadline.and(process)?)));
 
         let hello = self.hello(settings.as_ref().copied().ok());
         let heard = session.gather("preflight", &hello.encode(GENERATION));
@@ -112,11 +113,12 @@ impl Preflight {
         Report::new(&session, &self.device, facts, self.bandwidth)
     }
 
-    /// What this rank tells of itself. Without a choice it says that it cannot go on.
-    fn hello(&self, choice: Option<Choice>) -> Hello {
+    /// What this rank tells of itself. Without settings it says that it cannot go on.
+    fn hello(&self, settings: Option<(Choice, Bytes16)>) -> Hello {
+        let rank = self.comm.rank();
         let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
         let probe = probe(driver, ordinal, &ProbeOptions::default());
-        let (rank, process) = (self.comm.rank(), self.device.process());
+        let (choice, process) = settings.unwrap_or_default();
         // None run, but ranks that take other steps must not go on together.
         let kernels = if self.bandwidth {
             "bandwidth"
@@ -124,11 +126,11 @@ impl Preflight {
             "preflight"
         };
         Hello {
-            is_ready: choice.is_some(),
+            is_ready: settings.is_some(),
             // The least that there is: nothing of it is made.
             config: Config::new(128, self.comm.size(), 1, 1),
             kernels: (String::from(kernels), ffi::EP_KERNELS_ABI_VERSION),
-            facts: RankFacts::new(rank, process, choice.unwrap_or_default(), &probe),
+            facts: RankFacts::new(rank, process, choice, &probe),
         }
     }
 }

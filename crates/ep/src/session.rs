@@ -21,6 +21,12 @@ pub(crate) struct Session {
 /// A rank's outcome where it failed at something that is no driver call.
 const FAILED: u64 = u64::MAX;
 
+/// When what may take so long from now on ends: of what no clock can tell, in decades.
+pub(crate) fn due_in(deadline: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(1 << 30);
+    Instant::now() + deadline.min(FAR)
+}
+
 impl Session {
     /// Of every rank.
     pub(crate) fn new(comm: Communicator, deadline: Duration) -> Self {
@@ -69,7 +75,7 @@ impl Session {
 
     /// When a step that begins now ends.
     pub(crate) fn due(&self) -> Instant {
-        Instant::now() + self.deadline
+        due_in(self.deadline)
     }
 
     pub(crate) fn gather(&self, step: &str, record: &[u8]) -> Result<Vec<Vec<u8>>, Error> {

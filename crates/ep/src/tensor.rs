@@ -475,3 +475,44 @@ impl Raw<'_> {
         Ok(self.ptr.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ep_sim::{Cluster, SimDriver};
+    use ep_sys::DeviceOrdinal;
+
+    use super::*;
+
+    #[test]
+    fn addresses_that_kernels_cannot_use_are_refused() {
+        let driver = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);
+        let device = &Device::host(driver, DeviceOrdinal(0));
+        let check = |ptr, dtype, rows| {
+            let dims = Dims::from([rows, 256]);
+            let raw = Raw {
+                ptr: DevicePtr(ptr),
+                dtype,
+                dims,
+                device,
+            };
+            raw.check("x", device, dtype, dims)
+        };
+        assert!(matches!(
+            check(0, DType::Bf16, 7),
+            Err(ArgumentError::Null { field: "x" })
+        ));
+        assert_eq!(check(0, DType::Bf16, 0).unwrap(), 0);
+        for (dtype, align) in [
+            (DType::Bf16, 16),
+            (DType::E4m3, 16),
+            (DType::F32, 4),
+            (DType::I64, 8),
+        ] {
+            assert_eq!(check(4096 + align, dtype, 7).unwrap(), 4096 + align);
+            let refused = check(4096 + align / 2, dtype, 7).unwrap_err();
+            assert!(
+                matches!(refused, ArgumentError::Alignment { align: found, .. } if found == align)
+            );
+        }
+    }
+}

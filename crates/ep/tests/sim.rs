@@ -1123,7 +1123,10 @@ fn launched(command: &mut std::process::Command, rank: usize, size: usize, port:
 fn the_environment_places_ranks_and_chooses_memory() {
     const TEST: &str = "the_environment_places_ranks_and_chooses_memory";
     if let Some(task) = Task::of_this_process() {
-        let cluster = Cluster::hgx_h200(8).with_run_key(task.key);
+        // Ranks in containers, which cannot open each other's CUDA IPC handles.
+        let cluster = Cluster::hgx_h200(8)
+            .with_run_key(task.key)
+            .map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
         let launch = ep::Launch::from_env().unwrap();
         assert_eq!((launch.rank, launch.world_size), (task.rank, 3));
         let driver = SimDriver::new(&cluster, 0, &[0, 1, 2]);
@@ -1135,10 +1138,14 @@ fn the_environment_places_ranks_and_chooses_memory() {
         let comm = Communicator::from_env().unwrap();
         let device = Device::host(driver, ordinal);
         let case = case(3);
-        let buffer = Buffer::builder(&device, &comm, config(&case))
-            .build()
-            .unwrap();
+        let built = Buffer::builder(&device, &comm, config(&case)).build();
         let [expected, started] = [&task.words[0], &task.words[1]];
+        if expected == "malloc" {
+            let refused = explain(built.unwrap_err());
+            assert!(refused.contains("malloc"), "{refused}");
+            return;
+        }
+        let buffer = built.unwrap();
         assert_eq!(buffer.plan().backend.name(), expected);
         // Only rank 0 comes to the barrier: it ends by EP_TIMEOUT_MS.
         if comm.rank() == 0 {
@@ -1153,7 +1160,7 @@ fn the_environment_places_ranks_and_chooses_memory() {
         return;
     }
     let settings: [(&[(&str, &str)], &str); 4] = [
-        (&[], "malloc"),
+        (&[], "posix_fd"),
         (&[("EP_ALLOC", "posix-fd")], "posix_fd"),
         (&[("MC_USE_NVLINK_IPC", "1")], "malloc"),
         (
@@ -1378,6 +1385,50 @@ fn the_others_go_on_when_a_rank_is_gone() {
         rank.buffer.close().unwrap();
         drop(rank.stream);
         assert!(driver.live().is_empty(), "{:?}", driver.live());
+    });
+}
+
+#[test]
+fn a_rank_that_a_refresh_left_out_can_do_no_harm() {
+    let (case, driver) = (case(3), host(3));
+    let smaller = std::sync::Mutex::new(regroup(&[0, 2]));
+    let closed = std::sync::Barrier::new(3);
+    threads(3, |comm| {
+        // Threads of one process, which write each other's plain memory itself.
+        let device = device(&driver, &comm);
+        let set = |b: ep::BufferBuilder| b.timeout(Duration::from_millis(200));
+        let mut rank = Rank::with(&device, &comm, &case, set).unwrap();
+        assert_eq!(rank.buffer.plan().backend, BackendKind::Malloc);
+        let me = comm.rank();
+        if me == 1 {
+            // Slow, not dead: it knows nothing of what the others did.
+            closed.wait();
+            let inputs = case.inputs(0);
+            let oracle = rank.oracle(0, &inputs);
+            let mut tensors = rank.tensors(&oracle).unwrap();
+            let handle = rank.dispatch(&mut tensors).unwrap();
+            assert!(!rank.buffer.status_of(&handle).unwrap().is_ok());
+            return;
+        }
+        let theirs = {
+            let mut smaller = smaller.lock().unwrap();
+            let place = smaller.iter().position(|(rank, _)| *rank == me).unwrap();
+            smaller.remove(place).1
+        };
+        rank.buffer.refresh(&theirs, &[0, 2]).unwrap();
+        rank.buffer.close().unwrap();
+        closed.wait();
+    });
+}
+
+#[test]
+fn a_deadline_may_be_as_long_as_there_is() {
+    let (case, driver) = (case(2), host(2));
+    threads(2, |comm| {
+        let device = device(&driver, &comm);
+        let rank = Rank::with(&device, &comm, &case, |b| b.deadline(Duration::MAX)).unwrap();
+        comm.barrier(Duration::MAX).unwrap();
+        rank.buffer.close().unwrap();
     });
 }
 
