@@ -697,7 +697,11 @@ impl<'p, F: Fn(usize, Call) -> bool> Sweep<'p, F> {
         // Both build or refresh a buffer, or neither does. Otherwise the other rank lacks nothing.
         let together = matches!(self.operation, "build" | "refresh");
         let expected = if together { bad.is_ok() } else { true };
-        assert_eq!(other.is_ok(), expected, "{at} {told}");
+        // It may be told that memory of its own is still mapped there.
+        let is_held = !together
+            && bad.is_err()
+            && (other.as_ref()).is_err_and(|error| error.contains("rank 1 could not give back"));
+        assert!(other.is_ok() == expected || is_held, "{at} {told}");
         if let Err(error) = other {
             let says = error.contains("rank 1") || names(error, first.call, FIRST);
             assert!(says, "{at} {told}");

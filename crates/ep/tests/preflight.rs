@@ -161,8 +161,15 @@ fn a_refused_release_of_one_attempt_does_not_keep_a_rank_from_the_next() {
         drivers[1].inject(FaultPlan::fail_nth(n, Status::UNKNOWN));
         let mut reports = run(&drivers, &[Choice::Auto; 2]);
         let own = reports.remove(1);
-        let other = reports.remove(0).unwrap();
-        assert_eq!(findings(&other), findings(&expected), "call {n}, {call}");
+        match reports.remove(0) {
+            Ok(other) => assert_eq!(findings(&other), findings(&expected), "call {n}, {call}"),
+            // Of what it may have mapped in the end the owner is told.
+            Err(error) => {
+                let source = std::error::Error::source(&error).unwrap().to_string();
+                assert!(source.contains("rank 1 could not give back"), "{source}");
+                assert!(n >= second, "call {n}, {call}");
+            }
+        }
         if n < second {
             let own = own.unwrap();
             assert_eq!(findings(&own), findings(&expected), "call {n}, {call}");
