@@ -40,7 +40,13 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
 
     let mut kernels = Vec::new();
     for output in in_parallel(&jobs, |job| job.compile(&toolkit.nvcc, &package)) {
-        kernels.extend(parse(&output?)?);
+        let of_source = parse(&output?)?;
+        if of_source.is_empty() {
+            return Err(
+                "ptxas names no kernel of a source; check what nvcc -Xptxas -v prints".into(),
+            );
+        }
+        kernels.extend(of_source);
     }
     let names = demangle(&kernels);
     for (kernel, name) in kernels.iter_mut().zip(names) {

@@ -1,9 +1,9 @@
 //! `bundle`: a folder of binaries for a GPU host without Rust.
 
-use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 use serde_json::Value;
 use xshell::cmd;
@@ -20,15 +20,19 @@ const PACKAGES_LEFT: [&str; 2] = ["xtask", "ep-cli"];
 const TESTS_LEFT: [&str; 3] = ["ep-kernels.abi", "ep-peers.corpus", "ep-sim.corpus"];
 
 const RUN_TESTS: &str = include_str!("run-tests.sh");
+const SCRIPT: &str = "run-tests.sh";
 
 pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
     let mut options = Options::new(args);
     let out = options
         .value("--out")?
         .map_or_else(|| repo.target.join("bundle"), PathBuf::from);
+    // The shell's own folder is the repository.
+    let out = path::absolute(out)?;
     let archs = options.value("--arch")?;
     options.finish()?;
 
+    refuse_what_is_no_bundle(&out)?;
     toolkit::parse_archs(archs.unwrap_or(toolkit::DEFAULT_ARCHS))?;
     println!("{}", repo.toolkit()?);
     let _archs = archs.map(|list| repo.sh.push_env("EP_CUDA_ARCHS", list));
@@ -52,7 +56,7 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
         let to = out.join("tests").join(&executable.name);
         bytes += install(repo, &executable.path, &to)?;
     }
-    let script = out.join("run-tests.sh");
+    let script = out.join(SCRIPT);
     fs::write(&script, RUN_TESTS)?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
 
@@ -61,6 +65,23 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
         return Err(format!("the bundle is over {} MiB", MAX_BYTES >> 20).into());
     }
     Ok(())
+}
+
+/// The folder is emptied first, so it has to be a bundle, or empty, or not there.
+fn refuse_what_is_no_bundle(out: &Path) -> Result<()> {
+    let is_empty = match fs::read_dir(out) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => return Err(format!("{}: {error}", out.display()).into()),
+    };
+    if is_empty || out.join(SCRIPT).is_file() {
+        return Ok(());
+    }
+    Err(format!(
+        "{} holds something else than a bundle; name another --out",
+        out.display()
+    )
+    .into())
 }
 
 /// A program that cargo built.
@@ -146,4 +167,24 @@ fn install(repo: &Repo, from: &Path, to: &Path) -> Result<u64> {
 
 fn mebibytes(bytes: u64) -> f64 {
     bytes as f64 / (1 << 20) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_bundle_is_written_over() {
+        let folder = std::env::temp_dir().join(format!("ep-bundle-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        refuse_what_is_no_bundle(&folder).unwrap();
+        fs::create_dir(&folder).unwrap();
+        refuse_what_is_no_bundle(&folder).unwrap();
+        fs::write(folder.join("kept"), "").unwrap();
+        refuse_what_is_no_bundle(&folder).unwrap_err();
+        refuse_what_is_no_bundle(&folder.join("kept")).unwrap_err();
+        fs::write(folder.join(SCRIPT), "").unwrap();
+        refuse_what_is_no_bundle(&folder).unwrap();
+        fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -48,11 +48,15 @@ for binary in tests/*; do
 done
 
 gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')"
+ranks="$((gpus > 0 ? gpus : 4))"
+# Otherwise a host without GPUs runs the demo on the simulator.
+backend=auto
+[ "${EP_GPU:-}" = require ] && backend=cuda
 for dtype in bf16 fp8; do
   name="demo-$dtype"
   wanted "$name" "$@" || continue
-  timeout --kill-after=10 "$limit" bin/ep run --ranks "$((gpus > 0 ? gpus : 4))" --dtype "$dtype" \
-    --json >"logs/$name.log" 2>&1
+  timeout --kill-after=10 "$limit" bin/ep run --ranks "$ranks" --experts "$((16 * ranks))" \
+    --backend "$backend" --dtype "$dtype" --json >"logs/$name.log" 2>&1
   if [ $? -eq 0 ] && tail -n 1 "logs/$name.log" | grep -q '"verified":true'; then
     passed=$((passed + 1))
     echo "ok     $name: $(tail -n 1 "logs/$name.log")"

@@ -14,15 +14,12 @@ const EDGES: [(&str, &[&str]); 9] = [
     ("ep-kernels", &[]),
     ("ep", &["ep-alloc", "ep-kernels", "ep-peers", "ep-sys"]),
     ("ep-cli", &["ep", "ep-sim"]),
-    ("ep-benches", &[]),
+    ("ep-benches", &["ep"]),
     ("xtask", &[]),
 ];
 
 /// The simulator is for tests: anything may use it there, nothing below the binary elsewhere.
 const SIMULATOR: &str = "ep-sim";
-
-/// Measures every layer, and is used by none.
-const BENCHES: &str = "ep-benches";
 
 /// Outside packages that only some may name: the doors to the GPU, and tools of the build.
 const RESTRICTED: [(&str, &[&str]); 4] = [
@@ -73,7 +70,7 @@ fn edge(from: &str, to: &str, dev: bool) -> bool {
     let allowed = EDGES
         .iter()
         .any(|(package, edges)| *package == from && edges.contains(&to));
-    allowed || (dev && (to == SIMULATOR || from == BENCHES))
+    allowed || (dev && to == SIMULATOR)
 }
 
 fn outside(from: &str, to: &str) -> bool {

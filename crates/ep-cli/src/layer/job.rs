@@ -60,7 +60,7 @@ impl Job {
             "--experts",
             self.experts,
             self.top_k.max(self.ranks),
-            2048 * self.ranks,
+            (2048 * self.ranks).min(8192),
         )?;
         range("--hidden", self.hidden, 128, 1 << 16)?;
         range("--intermediate", self.intermediate, 8, 1 << 20)?;
