@@ -224,10 +224,18 @@ struct RowEntries {
   float weight = 0.0f;
 };
 
-// The lane's entry's weight, if the weights come with combine. False if they do not come.
+// How often a warp, walking the received rows, has looked in vain for weights, which come with
+// combine. Others' rows do not wait for those of a rank that is late: these ranks might give this
+// one up. So a warp that has looked kManyLooks times, some milliseconds, leaves out what is late
+// and walks again, until everything has come or the operation's time is over. What it has sent
+// before it then sends again, the same. Kept in shared memory, because registers are few.
+constexpr uint32_t kManyLooks = 4096;
+constexpr uint32_t kTimeIsOver = ~0u;  // what is late is given up
+
+// The lane's entry's weight, if the weights come with combine. False if they have not come.
 template <class P>
 __device__ __forceinline__ bool take_weights(const P& p, uint64_t epoch, uint32_t source,
-                                             uint32_t slot, float* weight) {
+                                             uint32_t slot, uint32_t* looks, float* weight) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x % 32;
   const LaneInLine lane;
@@ -235,16 +243,18 @@ __device__ __forceinline__ bool take_weights(const P& p, uint64_t epoch, uint32_
   const uint8_t* from =
       reinterpret_cast<const uint8_t*>(p.weights_at(peer_base(g, g.rank), source, slot)) +
       lane.line * kLine + lane.piece * 16;
-  Patience patience;
   for (;;) {
     if (lane.line < p.a.layout.weight_lines) given = arch::ld_relaxed_sys_v4(from);
     if (__all_sync(~0u,
                    !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
       break;
-    if (__any_sync(~0u, patience.expired(g, kCombineSend, epoch))) [[unlikely]] {
-      if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
-      return false;
-    }
+    const uint32_t looked = *looks;
+    if (looked == kTimeIsOver && thread == 0)
+      report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
+    if (looked >= kManyLooks) return false;
+    __syncwarp();
+    if (thread == 0) *looks = looked + 1;
+    __syncwarp();
   }
   const uint32_t in_line = thread % kWeightsPerLine;
   const uint32_t holder = thread / kWeightsPerLine * kLanesPerLine + in_line / 4;
@@ -385,9 +395,10 @@ __device__ __forceinline__ uint64_t destination(const P& p, const uint64_t* part
   return partner;
 }
 
+// Walks the rows that were received. One warp.
 template <class P>
 __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
-                                     const uint32_t* source_rows, uint64_t epoch) {
+                                     const uint32_t* source_rows, uint64_t epoch, uint32_t* looks) {
   const uint32_t most = most_rows(p, source_rows);
   auto load = [&](const SendUnit& unit) {
     if (unit.slot >= most) return RowEntries();
@@ -412,7 +423,7 @@ __device__ __forceinline__ void send(const P& p, const uint64_t* partners,
     if (partner == 0) [[unlikely]]
       continue;
     if ((p.a.flags & EP_COMBINE_WEIGHTS) != 0 &&
-        !take_weights(p, epoch, source, slot, &entries.weight))
+        !take_weights(p, epoch, source, slot, looks, &entries.weight))
       continue;
     send_unit(p, epoch, partner, slot, first_line, entries);
   }
@@ -583,6 +594,7 @@ __global__ void __launch_bounds__(32 * W::kWarps, 1)
   __shared__ uint64_t send_epoch;
   __shared__ uint64_t recv_epoch;
   constexpr uint32_t kWarps = W::kWarps;
+  __shared__ uint32_t looks[kWarps];
   const Problem<H, W> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);
@@ -593,6 +605,7 @@ __global__ void __launch_bounds__(32 * W::kWarps, 1)
   const uint32_t lane = threadIdx.x % 32;
   if (threadIdx.x == 0) send_epoch = epoch_of(control, kCombineSend);
   if (threadIdx.x == 1) recv_epoch = epoch_of(control, kCombineRecv);
+  if (lane == 0) looks[warp] = 0;
   if (warp == 1)
     for (uint32_t r = lane; r < g.num_ranks; r += 32) partners[r] = partner_base(g, control, r);
   if (warp == 2)
@@ -611,7 +624,17 @@ __global__ void __launch_bounds__(32 * W::kWarps, 1)
          t += kWarps * gridDim.x)
       push_weights(p, t, partners, send_epoch);
   }
-  if (sends) send(p, partners, source_rows, send_epoch);
+  bool walks = sends;
+#pragma unroll 1
+  while (walks) {
+    uint32_t* looked = looks + threadIdx.x / 32;
+    send(p, partners, source_rows, send_epoch, looked);
+    walks = *looked == kManyLooks;
+    __syncwarp();
+    if (walks && lane == 0)
+      *looked = waited_ns(g, kCombineSend, send_epoch) >= g.timeout_ns ? kTimeIsOver : 0;
+    __syncwarp();
+  }
   if (receives) receive(p, partners, recv_epoch);
 }
 

@@ -839,15 +839,14 @@ __device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& c
 // the source is given up.
 template <class P>
 __device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source,
-                                                   const void* from) {
+                                                   const uint64_t* packets, uint32_t at) {
   const ep_group& g = p.a.group;
-  if (!decide_present(g, kDispatchRecv, epoch, source, from)) {
+  const uint32_t n = p.plan.packets_per_source.value;
+  if (!decide_present(g, kDispatchRecv, epoch, source, packets, n)) {
     report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
     return 0;
   }
-  // A source's packets are stored together; what has not come by now belongs to a source that died.
-  const uint64_t seen = arch::ld_acquire_sys_u64(from);
-  return packet_is(seen, epoch) ? static_cast<uint32_t>(seen) : 0;
+  return static_cast<uint32_t>(arch::ld_acquire_sys_u64(packets + at));
 }
 
 // Where a packet of the counts goes: packet 0 of a source tells its rows, the others its tokens for
@@ -948,8 +947,10 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += P::kReaders) {
         if ((expected >> j & 1) == 0) continue;
         const Packet packet(p, i);
+        const uint64_t* packets =
+            reinterpret_cast<const uint64_t*>(own + packet.offset(p)) - packet.at;
         *packet.value(p, s) =
-            min(count_in_doubt(p, epoch, packet.source, own + packet.offset(p)), g.max_tokens);
+            min(count_in_doubt(p, epoch, packet.source, packets, packet.at), g.max_tokens);
       }
     }
   }
@@ -1080,9 +1081,10 @@ struct Header {
 };
 
 // Takes a unit of lines of one row and copies them to the row's places. One warp. The lines are
-// polled before it is known whether the source sends such a row at all.
+// polled before it is known whether the source sends such a row at all. False if they did not come
+// in time.
 template <class P>
-__device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t epoch,
+__device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t epoch,
                                            uint32_t source, uint32_t slot, uint32_t first_line) {
   const ep_group& g = p.a.group;
   const LaneInLine lane;
@@ -1095,7 +1097,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   const uint32_t thread = threadIdx.x % 32;
   const uint8_t* from = row + (header_lines + first_line + lane.line) * kLine + lane.piece * 16;
   bool certain = __all_sync(~0u, placeable(s));
-  if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
+  if (certain && slot >= shared_at<uint32_t>(s.source_rows)[source]) return true;
 
   const uint32_t unit_lines = min(lines - first_line, P::kUnitLines);
   const uint8_t* watched =
@@ -1149,7 +1151,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
     do {
       if (!certain && __all_sync(~0u, placeable(s))) {
         certain = true;
-        if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
+        if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return true;
       }
       // Until the readers are done, their patience is what counts.
       if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) [[unlikely]] {
@@ -1167,7 +1169,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   const uint32_t expert = entry.x & (EP_MAX_LOCAL_EXPERTS - 1);
   if (!certain) {
     await(&shared_at<Fixed>(s.fixed)->placeable, 0);
-    if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return;
+    if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return true;
   }
   auto map = [&] {
     return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
@@ -1175,7 +1177,7 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
   };
   if (!complete) {
     if (first_line == 0 && thread == 0) map()[0] = 0;
-    return;
+    return false;
   }
   // The rank can place an entry that its counts have room for.
   const bool is_entry = thread < entries && expert < p.plan.local_experts.value;
@@ -1228,6 +1230,19 @@ __device__ __forceinline__ void place_unit(const P& p, const Shared& s, uint64_t
     arch::st_u32_if(in_expert != kNowhere, reinterpret_cast<int32_t*>(p.a.src_info) + place, token);
     arch::st_v2_if(thread == 0, map(), {token, static_cast<uint32_t>(__popc(placed))});
   }
+  return true;
+}
+
+// Gives up the sources of which something did not come in time. Of a row some warps may have placed
+// their lines, the one that keeps the row's route among them, and others not, so combine must not
+// take what has come for whole rows. One warp.
+template <class P>
+__device__ __forceinline__ void give_up_sources(const P& p, uint64_t epoch) {
+  const Control control(p.a.group);
+  sleep_grace();  // for write_counts
+  for (uint32_t r = threadIdx.x % 32; r < p.a.group.num_ranks; r += 32)
+    if (arch::ld_relaxed_gpu_u64(control.reported(kDispatchRecv, r)) == epoch)
+      reinterpret_cast<uint32_t*>(p.a.handle.recv_rows)[r] = 0;
 }
 
 // Places rows until there are none left: what every warp does in the end. Sources take turns,
@@ -1249,6 +1264,7 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
   };
   const uint32_t first = threadIdx.x / 32 - kSenderWarps;
   uint32_t unit = first < P::kPlacerWarps ? first : take();
+  bool in_time = true;
 #pragma unroll 1
   for (;; unit = take()) {
     // To poll what is not likely to come would cost other warps time.
@@ -1265,8 +1281,11 @@ __device__ __forceinline__ void place(const P& p, const Shared& s, uint64_t epoc
     const uint32_t turn = row - slot * g.num_ranks + g.rank;
     const uint32_t source = turn < g.num_ranks ? turn : turn - g.num_ranks;
     if (shared_at<uint64_t>(s.partners)[source] == 0) continue;
-    place_unit(p, s, epoch, source, slot, (u - row * units_per_row) * P::kUnitLines);
+    const uint32_t first_line = (u - row * units_per_row) * P::kUnitLines;
+    in_time &= place_unit(p, s, epoch, source, slot, first_line);
   }
+  if (!in_time) [[unlikely]]
+    give_up_sources(p, epoch);
 }
 
 template <uint32_t H, bool FP8, class W>

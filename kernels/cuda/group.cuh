@@ -92,7 +92,8 @@ __device__ __forceinline__ void record_fault(const ep_group& g, Part p, uint64_t
   }
   ep_fault* f = reinterpret_cast<ep_fault*>(g.faults) + place;
   // A reader that sees 0, or another sequence after than before, drops the record.
-  arch::st_release_sys_u64(&f->sequence, 0);
+  arch::st_relaxed_sys_u64(&f->sequence, 0);
+  arch::fence_acq_rel_sys();  // before anything of the new record
   f->epoch = epoch;
   f->fault = fault;
   f->op = op_of(p);
@@ -148,19 +149,22 @@ __device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64
                     static_cast<int64_t>(waited_ns(g, p, epoch)));
 }
 
-// Counts vain polls of one wait; looks at the clock only now and then, and not at all at first.
+// Counts vain polls of one wait; looks at the clock only now and then, and not at all at first:
+// most waits are over in microseconds. Not much later either, because behind the bound every wait
+// that is left takes as long as these polls.
 class Patience {
 public:
   // Call after each vain poll. True once the operation's time is over.
   __device__ __forceinline__ bool expired(const ep_group& g, Part p, uint64_t epoch) {
     if (--polls_ != 0) [[likely]]
       return false;
-    polls_ = 64;
+    polls_ = kPolls;
     return waited_ns(g, p, epoch) >= g.timeout_ns;
   }
 
 private:
-  uint32_t polls_ = 4096;
+  static constexpr uint32_t kPolls = 64;
+  uint32_t polls_ = kPolls;
 };
 
 // Whether blocks may take what a peer sent at face value, by a verdict word read beside the data.
@@ -168,27 +172,37 @@ __device__ __forceinline__ bool is_open(uint64_t verdict, uint64_t epoch) {
   return verdict >> 2 != epoch;
 }
 
+// While this passes, loads and stores that are under way finish.
+__device__ __forceinline__ void sleep_grace() {
+  constexpr uint64_t kGraceNs = 50000;
+  const uint64_t until = arch::globaltimer_ns() + kGraceNs;
+  while (arch::globaltimer_ns() < until) arch::sleep_ns(1000);
+}
+
 // All blocks must agree on whether a peer's counts came, because they place rows by them. A block
 // whose time is over first closes the peer: from then on no block accepts the counts by itself.
-// After a grace in which loads under way finish, it looks once more, and the first to say decides.
-// `packet` is one packet of the peer's counts.
+// After a grace it looks once more whether all `n` packets of the peer are there, and the first to
+// say decides.
 __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch,
-                                               uint32_t peer, const void* packet) {
-  constexpr uint64_t kGraceNs = 50000;
+                                               uint32_t peer, const uint64_t* packets, uint32_t n) {
   uint64_t* word = Control(g).verdict(p, peer);
   const uint64_t closing = epoch << 2 | kClosing;
-  uint64_t seen = arch::ld_relaxed_gpu_u64(word);
+  uint64_t seen = arch::ld_acquire_gpu_u64(word);
   while (seen >> 2 != epoch) {
     const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, seen, closing);
     if (old == seen) break;
     seen = old;
   }
+  if (seen >> 2 == epoch && (seen & 3) != kClosing) return (seen & 3) == kPresent;
   arch::atom_max_relaxed_gpu_u64(Control(g).any_verdict(p), epoch << 2);
   arch::fence_sc_gpu();
-  const uint64_t until = arch::globaltimer_ns() + kGraceNs;
-  while (arch::globaltimer_ns() < until) arch::sleep_ns(1000);
-  const bool here =
-      static_cast<uint32_t>(arch::ld_acquire_sys_u64(packet) >> 32) == static_cast<uint32_t>(epoch);
+  sleep_grace();
+  bool here = true;
+#pragma unroll 1
+  for (uint32_t i = 0; here && i < n; ++i) {
+    const uint64_t packet = arch::ld_acquire_sys_u64(packets + i);
+    here = static_cast<uint32_t>(packet >> 32) == static_cast<uint32_t>(epoch);
+  }
   const uint64_t mine = epoch << 2 | (here ? kPresent : kGivenUp);
   const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, closing, mine);
   return ((old == closing ? mine : old) & 3) == kPresent;

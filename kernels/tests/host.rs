@@ -698,6 +698,9 @@ fn rows_that_never_come_have_no_entries() {
     let entries = |slot: usize| map[(case.max_tokens + slot) * (case.top_k + 2)] >> 32;
     assert_eq!(entries(1), 0);
     assert!(entries(0) > 0 && entries(2) > 0);
+    // Combine takes none of them.
+    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+    assert!(rows[0] > 0 && rows[1] == 0, "{rows:?}");
     assert!(world.intact());
 }
 

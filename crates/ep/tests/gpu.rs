@@ -773,6 +773,15 @@ fn report_late_rank(case: &Case, num_sms: u32, comm: &Communicator) {
 }
 
 #[test]
+fn weights_that_do_not_come_keep_no_other_rank_waiting_on_gpus() {
+    for ranks in groups(4).into_iter().filter(|ranks| *ranks > 1) {
+        threads(ranks, |comm| {
+            rig::miss_weights_of_rank_0(&device(comm.rank()).unwrap(), &comm);
+        });
+    }
+}
+
+#[test]
 fn buffers_come_and_go_on_gpus() {
     let Some(ranks) = groups(4).pop() else {
         return;

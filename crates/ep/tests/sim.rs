@@ -1022,6 +1022,15 @@ fn a_rank_that_is_late_is_reported_and_the_group_goes_on() {
 }
 
 #[test]
+fn weights_that_do_not_come_keep_no_other_rank_waiting() {
+    let driver = host(3);
+    threads(3, |comm| {
+        rig::miss_weights_of_rank_0(&device(&driver, &comm), &comm);
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
 fn a_barrier_that_nobody_else_reaches_ends() {
     pair(|rank| {
         // Both ranks pass; what they report is nothing.

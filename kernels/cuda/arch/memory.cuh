@@ -123,6 +123,10 @@ __device__ __forceinline__ uint64_t opaque(uint64_t v) {
   return v;
 }
 
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
 __device__ __forceinline__ void fence_sc_gpu() { asm volatile("fence.sc.gpu;" ::: "memory"); }
 
 }  // namespace ep::arch

@@ -1,7 +1,7 @@
 //! Combine: expert outputs are summed by their owner and return to the tokens' ranks.
 
 use super::check::Dims;
-use super::group::{Counter, Group, Part, Peer};
+use super::group::{Counter, Group, Part, Peer, Progress};
 use super::memory::{CombineMemory, CombineRecv, CombineSend, GivenWeights, Window};
 use super::wire::{NO_ROUTE, unpair, unroute};
 use crate::ffi::{
@@ -25,7 +25,12 @@ fn send(part: &Part<'_>, memory: &CombineSend<'_>) {
     if let Some(weights) = &memory.weights {
         send_weights(part, weights);
     }
-    let mut sum = Sum::new(dims.hidden);
+    let mut sender = Sender {
+        part,
+        memory,
+        sum: Sum::new(dims.hidden),
+    };
+    let mut pending = Vec::new();
     for source in 0..dims.ranks {
         let rows = (memory.recv_rows[source] as usize).min(dims.max_tokens);
         let window = match group.peer(source) {
@@ -38,27 +43,62 @@ fn send(part: &Part<'_>, memory: &CombineSend<'_>) {
                 continue;
             }
         };
-        let mut given_up = false;
-        for slot in 0..rows {
-            let Some(mut row) = Row::of(memory, dims, source, slot) else {
-                continue;
-            };
-            if memory.weights.is_some() && !row.receive_weights(part, source, slot) {
-                if !given_up {
-                    given_up = true;
-                    part.timed_out(EP_PHASE_WEIGHTS, source);
-                }
-                continue;
-            }
-            sum.clear();
-            for &(at, weight) in row.entries() {
-                sum.add_weighted(weight, &memory.y[at * dims.hidden..][..dims.hidden]);
-            }
-            let partial = group.regions.partial(dims.slot, dims.rank, slot);
-            part.push(window, partial, |window| {
-                window.write(partial.data(), sum.round())
-            });
+        pending.extend((0..rows).map(|slot| (window, source, slot)));
+    }
+    // Others' rows do not wait for the weights of a rank that is late: these ranks might give this
+    // one up.
+    let mut given_up = vec![false; dims.ranks];
+    group.wait(|| {
+        pending.retain(|&(window, source, slot)| {
+            let progress = sender.send(window, source, slot);
+            given_up[source] |= progress == Progress::Passed;
+            progress == Progress::Pending
+        });
+        if pending.is_empty() {
+            Progress::Arrived
+        } else {
+            Progress::Pending
         }
+    });
+    for (_, source, _) in pending {
+        given_up[source] = true;
+    }
+    for source in (0..dims.ranks).filter(|&source| given_up[source]) {
+        part.timed_out(EP_PHASE_WEIGHTS, source);
+    }
+}
+
+/// Reduces rows and sends them back.
+struct Sender<'s> {
+    part: &'s Part<'s>,
+    memory: &'s CombineSend<'s>,
+    sum: Sum,
+}
+
+impl Sender<'_> {
+    /// Sends a row, if it has entries and its weights have come, or need not.
+    fn send(&mut self, window: &Window, source: usize, slot: usize) -> Progress {
+        let (part, memory) = (self.part, self.memory);
+        let (group, dims) = (part.group, part.group.dims);
+        let Some(mut row) = Row::of(memory, dims, source, slot) else {
+            return Progress::Arrived;
+        };
+        if memory.weights.is_some() {
+            let progress = row.receive_weights(part, source, slot);
+            if progress != Progress::Arrived {
+                return progress;
+            }
+        }
+        self.sum.clear();
+        for &(at, weight) in row.entries() {
+            self.sum
+                .add_weighted(weight, &memory.y[at * dims.hidden..][..dims.hidden]);
+        }
+        let partial = group.regions.partial(dims.slot, dims.rank, slot);
+        part.push(window, partial, |window| {
+            window.write(partial.data(), self.sum.round())
+        });
+        Progress::Arrived
     }
 }
 
@@ -122,20 +162,27 @@ impl Row {
         usable.then_some(row)
     }
 
-    /// Waits for the weights that the source gives for this row.
-    fn receive_weights(&mut self, part: &Part<'_>, source: usize, slot: usize) -> bool {
+    /// Reads the weights that the source gives for this row, if they have come.
+    fn receive_weights(&mut self, part: &Part<'_>, source: usize, slot: usize) -> Progress {
         let group = part.group;
-        let Some(own) = group.own() else { return false };
+        let Some(own) = group.own() else {
+            return Progress::Passed;
+        };
         let data = group.regions.weights(group.dims.slot, source, slot);
-        if !part.wait_for(own, data) {
-            return false;
+        let progress = part.progress(own, data);
+        if progress != Progress::Arrived {
+            return progress;
         }
         let mut weights = [0.0; EP_MAX_TOP_K as usize];
         own.read(data.data(), &mut weights[..self.len]);
         for ((_, weight), given) in self.entries.iter_mut().zip(weights) {
             *weight = given;
         }
-        part.whole(own, data)
+        if part.whole(own, data) {
+            Progress::Arrived
+        } else {
+            Progress::Passed
+        }
     }
 
     fn entries(&self) -> &[(usize, f32)] {

@@ -262,6 +262,9 @@ fn receive(part: &Part<'_>, format: Format, memory: &mut DispatchRecv<'_>) {
             if !rows.receive(source, slot, memory) && !given_up {
                 given_up = true;
                 part.timed_out(EP_PHASE_ROWS, source);
+                // With all its rows, as on GPUs, where warps that have parts of a row do not know
+                // of each other.
+                memory.recv_rows[source] = 0;
             }
         }
     }

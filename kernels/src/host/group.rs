@@ -158,13 +158,18 @@ pub(super) struct Part<'g> {
 }
 
 impl Part<'_> {
-    /// Waits for the flag of this operation in this rank's own buffer.
-    pub(super) fn wait_for(&self, own: &Window, data: Guarded) -> bool {
-        self.group.wait(|| match own.load(data.flag()) {
+    /// How far the data are, by their flag in this rank's own buffer.
+    pub(super) fn progress(&self, own: &Window, data: Guarded) -> Progress {
+        match own.load(data.flag()) {
             flag if flag == self.epoch => Progress::Arrived,
             flag if flag > self.epoch => Progress::Passed,
             _ => Progress::Pending,
-        })
+        }
+    }
+
+    /// Waits for the flag of this operation in this rank's own buffer.
+    pub(super) fn wait_for(&self, own: &Window, data: Guarded) -> bool {
+        self.group.wait(|| self.progress(own, data))
     }
 
     /// Whether what was read behind a flag was whole.

@@ -10,13 +10,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ep::driver::{DeviceOrdinal, Driver};
 use ep::{
     Buffer, BufferBuilder, CombineInput, Communicator, Config, DType, Device, DispatchInput,
     DispatchOptions, DispatchOutput, Error, FaultKind, Handle, Operation, PendingCombine,
-    PendingDispatch, Scales, Stream, Tensor,
+    PendingDispatch, Phase, Scales, Stream, Tensor,
 };
 
 use crate::common::{
@@ -501,6 +501,57 @@ impl<'c> Rank<'c> {
             other => Err(format!("the last operation's status is {other:?}")),
         }
     }
+}
+
+/// A rank of a group of which rank 0 takes part in a dispatch and then in no combine, with which its
+/// weights would come. The last rank waits for these, because it has rows of rank 0; ranks that it
+/// sends to are not to wait with it.
+pub(crate) fn miss_weights_of_rank_0(device: &Device, comm: &Communicator) {
+    let short = Duration::from_secs(1);
+    let case = Case {
+        top_k: 2,
+        tokens: vec![9; comm.size() as usize],
+        weights: Weights::AtCombine,
+        odd: Odd::default(),
+        ..case(comm.size() as usize)
+    };
+    let local = case.local_experts();
+    let last = case.ranks - 1;
+    let mut inputs = case.inputs(0);
+    for (rank, input) in inputs.iter_mut().enumerate() {
+        // Any two experts of the last rank or, where none is rank 0's, of the ranks but the first.
+        let from = if rank == 0 { last } else { 1 } * local;
+        let experts = case.experts - from;
+        for (i, id) in input.topk_idx.iter_mut().enumerate() {
+            *id = (from + i % experts) as i64;
+        }
+    }
+    let rank = Rank::with(device, comm, &case, |b| b.timeout(short)).unwrap();
+    let oracle = rank.oracle(0, &inputs);
+    let mut tensors = rank.tensors(&oracle).unwrap();
+    let handle = rank.dispatch(&mut tensors).unwrap();
+    rank.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+    comm.barrier(PATIENCE).unwrap();
+    if rank.rank() != 0 {
+        let start = Instant::now();
+        rank.combine(handle, &mut tensors).unwrap();
+        rank.stream.synchronize().unwrap();
+        let spent = start.elapsed();
+        rank.compare_combine(&oracle, &tensors).unwrap();
+        let status = rank.buffer.status().unwrap().unwrap();
+        if rank.rank() == last {
+            let [fault] = status.faults[..] else {
+                panic!("{status:?}");
+            };
+            assert_eq!((fault.rank, fault.phase), (0, Phase::Weights));
+            assert!(spent >= short, "{spent:?}");
+        } else {
+            assert!(status.is_ok(), "{status:?}");
+            assert!(spent < short / 2, "{spent:?}");
+        }
+    }
+    comm.barrier(PATIENCE).unwrap();
+    rank.buffer.close().unwrap();
 }
 
 /// A group of processes: this executable again, for one test.
