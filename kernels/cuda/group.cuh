@@ -150,21 +150,20 @@ __device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64
 }
 
 // Counts vain polls of one wait; looks at the clock only now and then, and not at all at first:
-// most waits are over in microseconds. Not much later either, because behind the bound every wait
-// that is left takes as long as these polls.
+// with 64 polls some dispatches of 15 us took longer (docs/performance.md). Nor much later, because
+// behind the bound every wait that is left takes as long as these, some hundred microseconds.
 class Patience {
 public:
   // Call after each vain poll. True once the operation's time is over.
   __device__ __forceinline__ bool expired(const ep_group& g, Part p, uint64_t epoch) {
     if (--polls_ != 0) [[likely]]
       return false;
-    polls_ = kPolls;
+    polls_ = 64;
     return waited_ns(g, p, epoch) >= g.timeout_ns;
   }
 
 private:
-  static constexpr uint32_t kPolls = 64;
-  uint32_t polls_ = kPolls;
+  uint32_t polls_ = 1024;
 };
 
 // Whether blocks may take what a peer sent at face value, by a verdict word read beside the data.
