@@ -254,9 +254,10 @@ fn obey<W: Work>() -> Result<W::Outcome, Failure> {
     let mut line = String::new();
     io::stdin().lock().read_line(&mut line)?;
     let task: Task<W> = serde_json::from_str(&line)?;
-    thread::Builder::new()
-        .name("head".to_owned())
-        .spawn(end_with_head)?;
+    thread::Builder::new().name("head".to_owned()).spawn({
+        let socket = task.socket.clone();
+        move || end_with_head(&socket)
+    })?;
     task.work.run(&Member {
         rank: task.rank,
         ranks: task.work.ranks(),
@@ -273,14 +274,19 @@ fn say<T: Serialize>(message: &Message<T>) {
     }
 }
 
-/// Waits for the head's end and ends the process.
+/// Waits for the head's end, removes what it cannot remove any more, and ends the process.
 #[expect(
     clippy::disallowed_methods,
     reason = "the thread that would return may be waiting for ranks that end at the same time"
 )]
-fn end_with_head() {
+fn end_with_head(socket: &Path) {
     // Nothing more is ever sent: a return means that the head is gone.
     let _ = io::stdin().lock().read(&mut [0]);
+    // The head's folder, unless the head or another rank has removed it.
+    let _ = fs::remove_file(socket);
+    if let Some(folder) = socket.parent() {
+        let _ = fs::remove_dir(folder);
+    }
     process::exit(1);
 }
 

@@ -156,6 +156,12 @@ fn an_infiniband_cluster_uses_malloc_within_hosts_and_the_network_between_them()
         assert!(reason.contains(part), "{reason}");
     }
     assert_eq!(report["problems"], Value::Array(Vec::new()));
+    let output = ep(&format!("--cluster {}", shipped("hgx-h100-infiniband")))
+        .output()
+        .unwrap();
+    let words = text(&output.stdout);
+    let note = "note: dispatch and combine go over NVLink, which does not join ranks 0-7 | 8-15;";
+    assert!(words.contains(note), "{words}");
 }
 
 #[test]

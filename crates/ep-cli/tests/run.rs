@@ -254,8 +254,10 @@ fn a_killed_rank_is_named_and_nothing_is_left() {
 }
 
 #[test]
-fn ranks_end_with_their_head() {
+fn ranks_end_with_their_head_and_leave_nothing() {
+    let folder = Folder::new("head");
     let mut child = command(&format!("{SMALL} --iters 1000000"))
+        .env("TMPDIR", &folder.0)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -268,6 +270,8 @@ fn ranks_end_with_their_head() {
         assert!(Instant::now() < deadline, "a rank outlives its head");
         thread::sleep(Duration::from_millis(10));
     }
+    let left: Vec<_> = fs::read_dir(&folder.0).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 /// The four ranks of a head, once they have read their tasks.

@@ -38,6 +38,8 @@ pub(super) struct Shape {
     fp8: bool,
     routing: String,
     graph: bool,
+    /// Whether the weights come with combine and not with dispatch.
+    weights_at_combine: bool,
     simulated: bool,
 }
 
@@ -86,6 +88,7 @@ fn measured(line: &str, place: &str) -> Result<Measured, String> {
                 .unwrap_or("uniform")
                 .to_owned(),
             graph: fields.optional("graph", Value::as_bool)?.unwrap_or(false),
+            weights_at_combine: fields.optional("weights", Value::as_str)? == Some("combine"),
             simulated: fields.optional("backend", Value::as_str)? == Some("sim"),
         },
         lib: fields
@@ -138,7 +141,7 @@ fn word(value: &Value) -> Option<&str> {
 
 impl Shape {
     /// One word for each field.
-    pub(super) fn words(&self) -> [String; 8] {
+    pub(super) fn words(&self) -> [String; 9] {
         let Self {
             ranks,
             hidden,
@@ -147,6 +150,7 @@ impl Shape {
             fp8,
             routing,
             graph,
+            weights_at_combine,
             simulated,
         } = self;
         let either = |which, yes: &str, no: &str| if which { yes } else { no }.to_owned();
@@ -158,6 +162,7 @@ impl Shape {
             either(*fp8, "fp8", "bf16"),
             routing.clone(),
             either(*graph, "graph", "stream"),
+            either(*weights_at_combine, "late-weights", "weights"),
             either(*simulated, "sim", "gpu"),
         ]
     }
@@ -177,6 +182,9 @@ impl fmt::Display for Shape {
         )?;
         if self.graph {
             f.write_str(", CUDA graph")?;
+        }
+        if self.weights_at_combine {
+            f.write_str(", weights with combine")?;
         }
         if self.simulated {
             f.write_str(", simulated")?;

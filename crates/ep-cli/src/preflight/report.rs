@@ -161,6 +161,18 @@ impl fmt::Display for Words<'_> {
             writeln!(f, "problem: {}", problem.what)?;
             writeln!(f, "  {}", problem.check)?;
         }
+        let islands = islands(report);
+        if islands.len() > 1 && report.is_usable() {
+            f.write_str("note: dispatch and combine go over NVLink, which does not join ranks ")?;
+            for (i, ranks) in islands.iter().enumerate() {
+                let separator = if i == 0 { "" } else { " | " };
+                write!(f, "{separator}{}", Numbers(ranks))?;
+            }
+            writeln!(
+                f,
+                "; between these only the network does: make a group of each"
+            )?;
+        }
         let verdict = if report.is_usable() {
             "usable"
         } else {
@@ -226,6 +238,23 @@ fn why(report: &Report, rank: u32, peer: u32) -> String {
         Some(Access::Fabric) => "a pointer by a fabric handle",
         None => "no pointer was tried",
     })
+}
+
+/// Ranks that NVLink joins, together.
+fn islands(report: &Report) -> Vec<Vec<u32>> {
+    let mut islands: Vec<Vec<u32>> = Vec::new();
+    for rank in report.facts.iter().map(|facts| facts.rank) {
+        let joined = |island: &&mut Vec<u32>| {
+            island
+                .iter()
+                .any(|&peer| report.route(rank, peer) == Route::Nvlink)
+        };
+        match islands.iter_mut().find(joined) {
+            Some(island) => island.push(rank),
+            None => islands.push(vec![rank]),
+        }
+    }
+    islands
 }
 
 /// Ascending numbers, runs of them as `first-last`.

@@ -62,7 +62,14 @@ impl fmt::Display for GroupError {
             if i > 0 {
                 writeln!(f)?;
             }
-            write!(f, "rank {rank}: {failure}")?;
+            let name = format!("rank {rank}: ");
+            let failure = failure.to_string();
+            // Errors of the library begin with the rank that found them.
+            write!(
+                f,
+                "{name}{}",
+                failure.strip_prefix(&name).unwrap_or(&failure)
+            )?;
         }
         Ok(())
     }
