@@ -1,11 +1,16 @@
 //! `demo`: the main job, on the GPUs where there are some and on the simulated cluster elsewhere.
 
+use std::env;
+
 use xshell::{Cmd, cmd};
 
 use crate::repo::{Repo, Result};
 
 pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
-    Ok(command(repo, args)?.run()?)
+    let command = command(repo, args)?;
+    // Paths among the arguments are seen from where the caller stands.
+    let _there = repo.sh.push_dir(env::current_dir()?);
+    Ok(command.run()?)
 }
 
 /// The demo's standard output.
@@ -15,7 +20,11 @@ pub(crate) fn read(repo: &Repo, args: &[String]) -> Result<String> {
 
 fn command<'a>(repo: &'a Repo, args: &[String]) -> Result<Cmd<'a>> {
     let features = features(repo, args)?;
-    let build = cmd!(repo.sh, "cargo run --release --package ep-cli --bin ep");
+    let manifest = repo.root.join("Cargo.toml");
+    let build = cmd!(
+        repo.sh,
+        "cargo run --release --manifest-path {manifest} --package ep-cli --bin ep"
+    );
     Ok(build.args(features).args(["--", "run"]).args(args))
 }
 

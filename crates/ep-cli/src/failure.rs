@@ -2,8 +2,25 @@
 
 use std::error::Error;
 
+use ep::{Buffer, Fault};
+
 /// Why something cannot go on.
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
+
+/// What operations reported although every rank was there and every expert exists.
+#[derive(Debug, thiserror::Error)]
+#[error("operations reported: {}", .0.iter().map(Fault::to_string).collect::<Vec<_>>().join("; "))]
+struct Faults(Vec<Fault>);
+
+/// Fails if the buffer's operations met anything.
+pub(crate) fn check(buffer: &Buffer) -> Result<(), Failure> {
+    let faults = buffer.faults()?;
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(Faults(faults).into())
+    }
+}
 
 /// An error with its causes, in one line.
 pub(crate) fn chain(error: &dyn Error) -> String {

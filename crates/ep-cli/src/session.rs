@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use ep::{
     Buffer, CombineInput, Communicator, Config, DType, Device, DispatchInput, DispatchOptions,
-    DispatchOutput, Event, Fault, Handle, Scales, Stream, Tensor,
+    DispatchOutput, Event, Handle, Scales, Stream, Tensor,
 };
 use half::bf16;
 use serde::{Deserialize, Serialize};
 
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
 use crate::layer::{Dtype, Job, Routes};
 
 /// Every byte of the poison: NaN in each format, and a count that no dispatch gives.
@@ -40,11 +40,6 @@ pub(crate) struct Times {
     pub(crate) dispatch_us: Vec<f64>,
     pub(crate) combine_us: Vec<f64>,
 }
-
-/// What operations reported although every rank was there and every expert exists.
-#[derive(Debug, thiserror::Error)]
-#[error("operations reported: {}", .0.iter().map(Fault::to_string).collect::<Vec<_>>().join("; "))]
-struct Faults(Vec<Fault>);
 
 /// One rank's buffer and tensors.
 #[derive(Debug)]
@@ -201,7 +196,7 @@ impl Session {
             let combined = self.mark()?;
             calls.push([before_dispatch, dispatched, before_combine, combined]);
             // A lost rank would cost every further call its time-out.
-            self.check()?;
+            failure::check(&self.buffer)?;
         }
         self.finish()?;
         let mut times = Times::default();
@@ -232,16 +227,7 @@ impl Session {
     /// Waits for the stream, and fails if an operation met anything.
     fn finish(&self) -> Result<(), Failure> {
         self.stream.synchronize()?;
-        self.check()
-    }
-
-    fn check(&self) -> Result<(), Failure> {
-        let faults = self.buffer.faults()?;
-        if faults.is_empty() {
-            Ok(())
-        } else {
-            Err(Faults(faults).into())
-        }
+        failure::check(&self.buffer)
     }
 }
 

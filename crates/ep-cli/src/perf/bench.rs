@@ -6,24 +6,19 @@ use std::time::Duration;
 use ep::driver::vmm::Event;
 use ep::{
     Buffer, CombineInput, Communicator, Config, DType, Device, DispatchInput, DispatchOptions,
-    DispatchOutput, Fault, Plan, Scales, Stream, Tensor,
+    DispatchOutput, Plan, Scales, Stream, Tensor,
 };
 use half::bf16;
 
 use super::args::{Sweep, Weights};
 use super::line::Times;
-use crate::failure::Failure;
+use crate::failure::{self, Failure};
 use crate::layer::{Dtype, Routes};
 
 /// What the launch of a timed call hides behind: longer than it takes.
 const SPIN: Duration = Duration::from_micros(60);
 /// Calls between two waits for the stream.
 const CALLS_AT_ONCE: usize = 64;
-
-/// What operations reported although every rank was there and every expert exists.
-#[derive(Debug, thiserror::Error)]
-#[error("operations reported: {}", .0.iter().map(Fault::to_string).collect::<Vec<_>>().join("; "))]
-struct Faults(Vec<Fault>);
 
 /// One rank's buffer and tensors, made for the most tokens of the sweep.
 #[derive(Debug)]
@@ -118,12 +113,8 @@ impl Bench {
             self.launches(calls)?
         };
         times.forget(sweep.warmup);
-        let faults = self.buffer.faults()?;
-        if faults.is_empty() {
-            Ok(times)
-        } else {
-            Err(Faults(faults).into())
-        }
+        failure::check(&self.buffer)?;
+        Ok(times)
     }
 
     /// Leaves the group, with the other ranks.
