@@ -17,10 +17,10 @@ pub(crate) fn run(repo: &Repo, args: &[String]) -> Result<()> {
     for failure in &failures {
         eprintln!("{failure}");
     }
-    if failures.is_empty() {
-        Ok(())
-    } else {
-        Err("run `cargo xtask format`".into())
+    match failures.is_empty() {
+        true => Ok(()),
+        false if check => Err("run `cargo xtask format`".into()),
+        false => Err("not everything could be formatted".into()),
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) const LIBCLANG: Wheels = Wheels {
 pub(crate) const CLANG_FORMAT: Wheels = Wheels {
     name: "clang-format",
     requirements: &["clang-format==18.1.8"],
-    instead: "format the CUDA sources by hand: nothing else needs it",
+    instead: "format the CUDA sources by hand; the CI checks it",
 };
 
 /// Makes `folder` hold the wheels, unless it does already. It appears whole or not at all.

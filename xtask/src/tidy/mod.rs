@@ -9,6 +9,7 @@ mod rust;
 
 use std::fmt;
 use std::fs;
+use std::io;
 
 use serde_json::Value;
 use xshell::cmd;
@@ -89,13 +90,15 @@ fn files(repo: &Repo) -> Result<Vec<File>> {
         .read()?;
     let mut files = Vec::new();
     for path in list.lines().filter(|path| !path.starts_with(CORPORA)) {
-        // A deleted file is listed until the deletion is committed; one that is not text has no
-        // rules.
-        if let Ok(text) = fs::read_to_string(repo.root.join(path)) {
-            files.push(File {
+        match fs::read_to_string(repo.root.join(path)) {
+            Ok(text) => files.push(File {
                 path: path.into(),
                 text,
-            });
+            }),
+            // A deleted file is listed until the deletion is committed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // No rule could look at it.
+            Err(error) => return Err(format!("{path}: {error}").into()),
         }
     }
     Ok(files)

@@ -42,16 +42,23 @@ const BELOW: [&str; 4] = [
     "kernels/src/",
 ];
 
-const PANICS: [&str; 6] = [
+const PANICS: [&str; 8] = [
     ".unwrap()",
     ".unwrap_err()",
     ".expect(",
+    "::unwrap)",
+    "::expect)",
     "panic!",
     "unreachable!",
     "todo!",
 ];
-const ENVIRONMENT: [&str; 4] = ["env::var(", "env::var_os(", "env::vars(", "env::vars_os("];
-const THREADS: [&str; 3] = ["thread::spawn(", "thread::scope(", "thread::Builder"];
+const ENVIRONMENT: [&str; 2] = ["std::env", "env::"];
+const THREADS: [&str; 4] = [
+    "thread::spawn",
+    "thread::scope",
+    "thread::Builder",
+    "thread::{",
+];
 
 pub(super) fn check(files: &[File]) -> Vec<Problem> {
     let rust = || files.iter().filter(|file| file.path.ends_with(".rs"));
@@ -190,10 +197,22 @@ mod tests {
         assert_eq!(
             rules("crates/ep-peers/src/lib.rs", text),
             [
-                "crates/ep-peers/src/lib.rs:2: env::var_os(: the environment is read in `ep`",
-                "crates/ep-peers/src/lib.rs:3: thread::spawn(: threads are the caller's",
+                "crates/ep-peers/src/lib.rs:2: std::env: the environment is read in `ep`",
+                "crates/ep-peers/src/lib.rs:2: env::: the environment is read in `ep`",
+                "crates/ep-peers/src/lib.rs:3: thread::spawn: threads are the caller's",
             ]
         );
+        for way in [
+            "use std::env;",
+            "use std::{env::var, fs};",
+            "use std::thread::spawn;",
+            "use std::thread::{self, spawn};",
+        ] {
+            assert!(
+                !rules("crates/ep-alloc/src/lib.rs", way).is_empty(),
+                "{way}"
+            );
+        }
         assert_eq!(rules("crates/ep/src/lib.rs", text), [""; 0]);
         assert_eq!(rules("crates/ep-peers/tests/a.rs", text), [""; 0]);
     }
@@ -206,6 +225,8 @@ mod tests {
             ["crates/ep/src/buffer.rs:4: .unwrap(): libraries return errors"]
         );
         assert_eq!(rules("crates/ep-cli/src/main.rs", text), [""; 0]);
+        let text = "fn f() { a.map(Option::unwrap); }\n";
+        assert_eq!(rules("crates/ep/src/buffer.rs", text).len(), 1);
     }
 
     #[test]
