@@ -17,7 +17,7 @@ pub enum Error {
     #[error(transparent)]
     Exchange(#[from] Fault),
     /// An address cannot be used.
-    #[error("cannot {action} {address}; check that it is free, valid and permitted on this host")]
+    #[error("cannot {action} {address}; {}", check_of(source))]
     Address {
         /// What was tried.
         action: &'static str,
@@ -44,6 +44,12 @@ pub enum Error {
     BadRank {
         /// The rank.
         rank: u32,
+        /// Ranks in the group.
+        size: u32,
+    },
+    /// A group that is larger than any.
+    #[error("a group of {size} ranks exceeds {MAX_RANKS}; check WORLD_SIZE")]
+    GroupSize {
         /// Ranks in the group.
         size: u32,
     },
@@ -136,10 +142,26 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn check_rank(rank: u32, size: u32) -> Result<()> {
-        if rank < size {
+        if size > MAX_RANKS {
+            Err(Self::GroupSize { size })
+        } else if rank < size {
             Ok(())
         } else {
             Err(Self::BadRank { rank, size })
         }
+    }
+}
+
+/// Ranks of a group, at most: far more than an NVLink fabric joins.
+const MAX_RANKS: u32 = 1 << 16;
+
+/// What to check when an address cannot be used.
+fn check_of(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => {
+            "check what else uses it (over TCP, a launcher may itself listen at MASTER_PORT, as \
+             torchrun does: then set EP_PORT to another port on every rank)"
+        }
+        _ => "check that it is free, valid and permitted on this host",
     }
 }

@@ -68,12 +68,20 @@ impl Launch {
                 });
             }
         };
-        let port = "a free port on rank 0's host";
-        let master_port = match optional(EP_PORT, port)? {
-            Some(port) => port,
-            None if alone => optional(MASTER_PORT, port)?.unwrap_or(0),
-            None => required(MASTER_PORT, port)?,
+        let expected = "a free port on rank 0's host";
+        let (variable, master_port) = match optional(EP_PORT, expected)? {
+            Some(port) => (EP_PORT, port),
+            None if alone => (MASTER_PORT, optional(MASTER_PORT, expected)?.unwrap_or(0)),
+            None => (MASTER_PORT, required(MASTER_PORT, expected)?),
         };
+        // The system would choose one that the other ranks do not know.
+        if master_port == 0 && !alone {
+            return Err(Error::Environment {
+                variable,
+                value: Some(String::from("0")),
+                expected,
+            });
+        }
         Ok(Self {
             rank,
             world_size,

@@ -256,7 +256,7 @@ struct Raw {
     code: U32,
 }
 
-/// Ranks as people read them.
+/// Ascending ranks as people read them, runs of them as `first-last`.
 struct Ranks<'a>(&'a [u32]);
 
 impl fmt::Display for Ranks<'_> {
@@ -266,8 +266,14 @@ impl fmt::Display for Ranks<'_> {
             [rank] => write!(f, "rank {rank}"),
             ranks => {
                 f.write_str("ranks")?;
-                for (i, rank) in ranks.iter().enumerate() {
-                    write!(f, "{} {rank}", if i == 0 { "" } else { "," })?;
+                let runs = ranks.chunk_by(|a, b| a.checked_add(1) == Some(*b));
+                for (i, run) in runs.enumerate() {
+                    let separator = if i == 0 { "" } else { "," };
+                    match *run {
+                        [first, .., last] => write!(f, "{separator} {first}-{last}")?,
+                        [only] => write!(f, "{separator} {only}")?,
+                        [] => {}
+                    }
                 }
                 Ok(())
             }
