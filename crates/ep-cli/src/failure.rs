@@ -1,6 +1,8 @@
 //! Errors on their way to the user.
 
 use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
 
 use ep::{Buffer, Fault};
 
@@ -19,6 +21,21 @@ pub(crate) fn check(buffer: &Buffer) -> Result<(), Failure> {
         Ok(())
     } else {
         Err(Faults(faults).into())
+    }
+}
+
+/// How the command ends: whether what it was asked for is so, or why it cannot say.
+pub(crate) fn exit_code(outcome: Result<bool, Failure>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            // Written at once: processes of other ranks write there too. If nobody can be told, the
+            // exit status is what is left.
+            let line = format!("error: {}\n", chain(&*error));
+            let _ = io::stderr().write_all(line.as_bytes());
+            ExitCode::FAILURE
+        }
     }
 }
 

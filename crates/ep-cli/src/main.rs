@@ -6,8 +6,10 @@
 //!
 //! Everything here is the command's own; the library is the crate `ep`.
 
+mod cluster_file;
 mod failure;
 mod layer;
+mod output;
 mod perf;
 mod preflight;
 mod ranks;

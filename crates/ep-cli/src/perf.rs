@@ -22,29 +22,24 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::args::{Args, Sweep};
 use self::bench::Bench;
 use self::line::{Line, Measurement};
-use crate::failure::{Failure, chain};
+use crate::failure::{self, Failure};
 use crate::layer::Model;
+use crate::output::print;
 use crate::ranks::{self, Member, Work};
 
 /// Runs the command and says how it went.
 pub(crate) fn main(args: &Args) -> ExitCode {
-    match print(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    failure::exit_code(measure(args).map(|()| true))
 }
 
-fn print(args: &Args) -> Result<(), Failure> {
+fn measure(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
     let sweep = args.sweep()?;
     let found = ranks::run(&sweep, &args.place, start)?;
     for shape in 0..sweep.tokens.len() {
         let measured: Vec<&Measurement> = found.iter().map(|rank| &rank.shapes[shape]).collect();
         let line = Line::new(&sweep, &found[0], &measured);
-        println!("{}", serde_json::to_string(&line)?);
+        print(serde_json::to_string(&line)?)?;
     }
     Ok(())
 }
@@ -93,12 +88,11 @@ impl Work for Sweep {
         let mut shapes = Vec::with_capacity(self.tokens.len());
         for &tokens in &self.tokens {
             member.progress(&format!("{tokens} tokens"));
-            bench.prepare(tokens)?;
             shapes.push(Measurement {
                 tokens,
                 sms,
                 rows: routes::rows(&self.job, &routes.ids[..tokens * self.job.top_k]),
-                times: bench.time(self)?,
+                times: member.tell(bench.time(self, tokens))?,
             });
         }
         bench.close()?;

@@ -7,25 +7,25 @@ mod group;
 mod report;
 
 use std::env;
-use std::fs;
-use std::io;
 use std::path::PathBuf;
-use std::process::{self, ExitCode};
-use std::time::SystemTime;
+use std::process::ExitCode;
 
 use ep::driver::CudaDriver;
 use ep::{BackendKind, Choice, Communicator, Launch, Preflight, Report};
-use ep_sim::{Cluster, ClusterError};
 
 use self::group::Place;
 use self::report::{Findings, Words};
-use crate::failure::{Failure, chain};
+use crate::cluster_file::{self, ClusterFileError};
+use crate::failure::{self, Failure};
+use crate::output::print;
+use crate::ranks::Spawn;
 
 /// Finds out what memory a group of ranks would use, by trying, and says why.
 ///
 /// Under a launcher (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) on every rank at once, else over all
 /// visible GPUs of this host. The exit status is zero only if every pair of ranks has a route.
 #[derive(Debug, clap::Args)]
+#[command(after_help = ENVIRONMENT)]
 pub(crate) struct Args {
     /// Asks about the cluster that this file describes instead: one simulated rank per GPU
     #[arg(long, value_name = "FILE.toml")]
@@ -49,6 +49,19 @@ pub(crate) struct Args {
     run_key: Option<u64>,
 }
 
+/// What the library reads.
+const ENVIRONMENT: &str = "\
+Environment:
+  RANK, WORLD_SIZE          this process's rank and the number of ranks
+  LOCAL_RANK                its number on its host
+  MASTER_ADDR, MASTER_PORT  where rank 0 listens
+  EP_PORT                   instead of MASTER_PORT, where the launcher itself listens at that
+  EP_RUN_ID                 tells runs at one address apart
+  EP_ALLOC                  auto, fabric, posix-fd or malloc
+  MC_USE_NVLINK_IPC         anything but 0 means malloc, unless EP_ALLOC is set
+  EP_TIMEOUT_MS             bound on the waits of an operation [default: 10000]
+  EP_DEADLINE_MS            bound on each step of setting up and tearing down [default: 60000]";
+
 /// Memory to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Alloc {
@@ -58,30 +71,9 @@ enum Alloc {
     Malloc,
 }
 
-/// What a rank is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Spawn {
-    /// One process per rank
-    Processes,
-    /// One thread per rank, all in this process
-    Threads,
-}
-
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 enum PreflightError {
-    #[error("{path} cannot be read; check the argument of --cluster")]
-    ClusterFile {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("{path} describes no cluster")]
-    Cluster {
-        path: PathBuf,
-        #[source]
-        source: ClusterError,
-    },
     #[error("no GPU can be asked; run it on a GPU host, or with --cluster FILE.toml")]
     NoDriver(#[source] ep::driver::Error),
     #[error("the cluster has no rank {rank}; start as many ranks as it has GPUs")]
@@ -90,29 +82,18 @@ enum PreflightError {
 
 /// Runs the command and says how it went.
 pub(crate) fn main(args: &Args) -> ExitCode {
-    let (report, speaks) = match examine(args) {
-        Ok(found) => found,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            return ExitCode::FAILURE;
-        }
-    };
+    failure::exit_code(tell(args))
+}
+
+/// Whether every pair of ranks has a route.
+fn tell(args: &Args) -> Result<bool, Failure> {
+    let (report, speaks) = examine(args)?;
     if speaks && args.json {
-        match serde_json::to_string(&Findings::of(&report)) {
-            Ok(line) => println!("{line}"),
-            Err(error) => {
-                eprintln!("error: the report cannot be written as JSON: {error}");
-                return ExitCode::FAILURE;
-            }
-        }
+        print(serde_json::to_string(&Findings::of(&report))?)?;
     } else if speaks {
-        print!("{}", Words(&report));
+        print(Words(&report))?;
     }
-    if report.is_usable() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    Ok(report.is_usable())
 }
 
 /// The report, and whether this process is the one that prints it.
@@ -129,7 +110,7 @@ fn examine(args: &Args) -> Result<(Report, bool), Failure> {
     }
     let spawn = args.spawn.unwrap_or(match place {
         Place::Gpus => Spawn::Processes,
-        Place::Simulated(_) => Spawn::Threads,
+        Place::Simulated { .. } => Spawn::Threads,
     });
     let report = match spawn {
         Spawn::Processes => group::processes(args, &place)?,
@@ -149,29 +130,22 @@ fn member(args: &Args, place: &Place) -> Result<(Report, bool), Failure> {
             let device = launch.device(&*driver)?;
             (driver as _, device)
         }
-        Place::Simulated(cluster) => group::simulated(cluster, launch.rank)?,
+        Place::Simulated { cluster, .. } => group::simulated(cluster, launch.rank)?,
     };
     let preflight = args.preflight(Preflight::new(driver, device, &communicator));
     Ok((preflight.run()?, launch.rank == 0))
 }
 
-fn place(args: &Args) -> Result<Place, PreflightError> {
+fn place(args: &Args) -> Result<Place, ClusterFileError> {
     let Some(path) = &args.cluster else {
         return Ok(Place::Gpus);
     };
-    let text = fs::read_to_string(path).map_err(|source| PreflightError::ClusterFile {
-        path: path.clone(),
-        source,
-    })?;
-    let cluster = Cluster::from_toml(&text).map_err(|source| PreflightError::Cluster {
-        path: path.clone(),
-        source,
-    })?;
-    let run_key = args.run_key.unwrap_or_else(|| {
-        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        (now.as_nanos() as u64).rotate_left(32) ^ u64::from(process::id())
-    });
-    Ok(Place::Simulated(cluster.with_run_key(run_key)))
+    let (text, cluster) = cluster_file::read(path)?;
+    let run_key = args.run_key.unwrap_or_else(cluster_file::run_key);
+    Ok(Place::Simulated {
+        cluster: cluster.with_run_key(run_key),
+        text,
+    })
 }
 
 impl Args {

@@ -54,7 +54,7 @@ enum Backend {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Spawn {
+pub(crate) enum Spawn {
     /// One process per rank
     Processes,
     /// One thread per rank, all in this process
@@ -91,6 +91,7 @@ pub(crate) struct Member<'a> {
     place: &'a Place,
     meeting: Meeting,
     progress: &'a dyn Fn(&str),
+    failed: &'a dyn Fn(&Failure),
 }
 
 /// How ranks meet.
@@ -110,7 +111,12 @@ impl Member<'_> {
             Meeting::Threads(communicator) => communicator.clone(),
             Meeting::Socket(path) => {
                 let (rank, size) = (u32::try_from(self.rank)?, u32::try_from(self.ranks)?);
-                Communicator::unix(path, rank, size, MEETING)?
+                let communicator = Communicator::unix(path, rank, size, MEETING)?;
+                if rank == 0 {
+                    // All have met. A signal that ends all processes leaves nothing from here on.
+                    remove_meeting_place(path);
+                }
+                communicator
             }
         };
         Ok((device, communicator))
@@ -120,6 +126,26 @@ impl Member<'_> {
     pub(crate) fn progress(&self, text: &str) {
         (self.progress)(text);
     }
+
+    /// Passes a result on. Of an error the head is told at once: to give a buffer back takes as long
+    /// as ranks may keep each other waiting.
+    pub(crate) fn tell<T>(&self, result: Result<T, Failure>) -> Result<T, Failure> {
+        result.inspect_err(|error| (self.failed)(error))
+    }
+}
+
+/// Why ranks cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+enum StartError {
+    #[error("the program that the ranks run cannot be found")]
+    Program(#[source] io::Error),
+    #[error("a folder for the ranks' socket cannot be made in {parent}; check TMPDIR")]
+    Folder {
+        parent: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// What a rank's process is told.
@@ -172,7 +198,7 @@ fn processes<W: Work>(
     deadline: Duration,
     progress: impl Fn(usize, &str),
 ) -> Result<Vec<W::Outcome>, Failure> {
-    let program = std::env::current_exe()?;
+    let program = std::env::current_exe().map_err(StartError::Program)?;
     let folder = PrivateFolder::new()?;
     let socket = folder.path().join("ranks");
     let tasks: Vec<String> = (0..work.ranks())
@@ -216,6 +242,7 @@ fn threads<W: Work>(
                         place,
                         meeting: Meeting::Threads(communicator),
                         progress: &|text| progress(rank, text),
+                        failed: &|_| {},
                     })
                 })
             })
@@ -264,6 +291,7 @@ fn obey<W: Work>() -> Result<W::Outcome, Failure> {
         place: &task.place,
         meeting: Meeting::Socket(task.socket),
         progress: &|text| say(&Message::<W::Outcome>::Progress(text.to_owned())),
+        failed: &|error| say(&Message::<W::Outcome>::Failed(chain(&**error))),
     })
 }
 
@@ -282,24 +310,31 @@ fn say<T: Serialize>(message: &Message<T>) {
 fn end_with_head(socket: &Path) {
     // Nothing more is ever sent: a return means that the head is gone.
     let _ = io::stdin().lock().read(&mut [0]);
-    // The head's folder, unless the head or another rank has removed it.
+    remove_meeting_place(socket);
+    process::exit(1);
+}
+
+/// Removes the head's folder with the socket, unless that is done.
+fn remove_meeting_place(socket: &Path) {
     let _ = fs::remove_file(socket);
     if let Some(folder) = socket.parent() {
         let _ = fs::remove_dir(folder);
     }
-    process::exit(1);
 }
 
-/// A folder that only this user can enter; removed when dropped.
+/// A folder that only this user can enter; removed when dropped, if it is still there.
 struct PrivateFolder(PathBuf);
 
 impl PrivateFolder {
-    fn new() -> io::Result<Self> {
+    fn new() -> Result<Self, StartError> {
         let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let name = format!("ep-{}-{:x}", process::id(), now.as_nanos());
-        let path = std::env::temp_dir().join(name);
-        DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
+        let parent = std::env::temp_dir();
+        let path = parent.join(name);
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(StartError::Folder { parent, source }),
+        }
     }
 
     fn path(&self) -> &Path {
@@ -309,7 +344,9 @@ impl PrivateFolder {
 
 impl Drop for PrivateFolder {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
+        if let Err(error) = fs::remove_dir_all(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             tracing::error!(path = %self.0.display(), %error, "a temporary folder is left behind");
         }
     }

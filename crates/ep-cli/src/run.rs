@@ -26,43 +26,30 @@ pub(crate) use self::args::Args;
 use self::check::Comparison;
 use self::report::{Outcome, Report};
 use self::transport::Transport;
-use crate::failure::{Failure, chain};
-use crate::layer::{Job, Model, router};
+use crate::failure::{self, Failure};
+use crate::layer::{Job, Model, Routes, router};
+use crate::output::print;
 use crate::ranks::{self, Member, Work, cores};
+use crate::session::Times;
 
 /// Runs the command and says how it went.
 pub(crate) fn main(args: &Args) -> ExitCode {
-    let report = match launch(args) {
-        Ok(report) => report,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            return ExitCode::FAILURE;
-        }
-    };
-    if args.json {
-        eprintln!("{report}");
-        match serde_json::to_string(&report) {
-            Ok(line) => println!("{line}"),
-            Err(error) => {
-                eprintln!("error: the result cannot be written as JSON: {error}");
-                return ExitCode::FAILURE;
-            }
-        }
-    } else {
-        println!("{report}");
-    }
-    if report.verified() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    failure::exit_code(launch(args))
 }
 
-fn launch(args: &Args) -> Result<Report, Failure> {
+/// Whether the layer was right.
+fn launch(args: &Args) -> Result<bool, Failure> {
     let start = Instant::now();
     let job = args.job(cores())?;
     let outcomes = ranks::run(&job, &args.place, start)?;
-    Ok(Report::new(&job, &outcomes))
+    let report = Report::new(&job, &outcomes);
+    if args.json {
+        eprintln!("{report}");
+        print(serde_json::to_string(&report)?)?;
+    } else {
+        print(&report)?;
+    }
+    Ok(report.verified())
 }
 
 impl Work for Job {
@@ -78,7 +65,10 @@ impl Work for Job {
             let (device, communicator) = member.connect()?;
             transport::connect(self, member.rank, model, &device, &communicator)
         };
-        run(self, member.rank, connect, |text| member.progress(text))
+        let progress = |text: &str| member.progress(text);
+        run(self, member.rank, connect, progress, |layer| {
+            member.tell(layer)
+        })
     }
 }
 
@@ -88,6 +78,7 @@ fn run(
     rank: usize,
     connect: impl FnOnce(&Model) -> Result<Box<dyn Transport>, Failure>,
     progress: impl Fn(&str),
+    tell: impl FnOnce(Result<Passes, Failure>) -> Result<Passes, Failure>,
 ) -> Result<Outcome, Failure> {
     let model = Model::new(job);
     let x = model.tokens(rank);
@@ -97,13 +88,12 @@ fn run(
     let facts = transport.facts();
     progress(&format!("memory: {}", facts.plan));
 
-    progress("router, dispatch, experts, combine");
-    let output = transport.layer(&x, &routes)?;
-    if job.iters > 0 {
-        progress(&format!("timing {} dispatches and combines", job.iters));
-    }
-    let times = transport.time(job.iters)?;
-    let again = transport.layer(&x, &routes)?;
+    let passes = tell(passes(job, &mut *transport, &x, &routes, &progress));
+    let Passes {
+        output,
+        times,
+        again,
+    } = passes?;
     transport.close()?;
 
     progress("float64 reference");
@@ -116,6 +106,33 @@ fn run(
     })
 }
 
+/// What came of the layer.
+struct Passes {
+    output: Vec<bf16>,
+    times: Times,
+    /// The same once more.
+    again: Vec<bf16>,
+}
+
+fn passes(
+    job: &Job,
+    transport: &mut dyn Transport,
+    x: &[bf16],
+    routes: &Routes,
+    progress: &impl Fn(&str),
+) -> Result<Passes, Failure> {
+    progress("router, dispatch, experts, combine");
+    let output = transport.layer(x, routes)?;
+    if job.iters > 0 {
+        progress(&format!("timing {} dispatches and combines", job.iters));
+    }
+    Ok(Passes {
+        output,
+        times: transport.time(job.iters)?,
+        again: transport.layer(x, routes)?,
+    })
+}
+
 fn bits(values: &[bf16]) -> impl Iterator<Item = u16> + '_ {
     values.iter().map(|v| v.to_bits())
 }
@@ -125,8 +142,8 @@ mod tests {
     use super::experts::{HostExperts, Received, Rows};
     use super::*;
     use crate::layer::job::tests::small;
-    use crate::layer::{Dtype, Routes, Routing};
-    use crate::session::{Facts, Times};
+    use crate::layer::{Dtype, Routing};
+    use crate::session::Facts;
 
     /// All ranks' experts in one place: dispatch is a copy, combine a sum.
     struct Local {
@@ -204,7 +221,7 @@ mod tests {
                         lost,
                     }))
                 };
-                run(job, rank, connect, |_| {}).unwrap()
+                run(job, rank, connect, |_| {}, |passes| passes).unwrap()
             })
             .collect();
         Report::new(job, &outcomes)

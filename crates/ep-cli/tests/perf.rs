@@ -2,7 +2,9 @@
 
 mod common;
 
-use std::process::Output;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -69,6 +71,36 @@ fn every_way_of_dispatching_is_timed() {
         assert_eq!(lines[0]["sms"], if capped { 16 } else { 132 });
         assert_eq!(lines[0]["fp8"], !options.contains("bf16"), "{options}");
     }
+}
+
+#[test]
+fn a_rank_that_stops_is_named() {
+    let start = Instant::now();
+    let mut child = common::ep("perf", &format!("{SMALL} --tokens 8 --iters 1000000"))
+        .env("EP_TIMEOUT_MS", "300")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("] 8 tokens") {
+        line.clear();
+        assert_ne!(errors.read_line(&mut line).unwrap(), 0, "it ended");
+    }
+    let ranks = common::children(child.id());
+    let stopped = Command::new("kill")
+        .args(["-STOP", &ranks[1].to_string()])
+        .status();
+    assert!(stopped.unwrap().success());
+    line.clear();
+    errors.read_to_string(&mut line).unwrap();
+    assert!(!child.wait().unwrap().success());
+    assert!(
+        line.contains("error: rank 0: operations reported: ") && line.contains("rank 1"),
+        "{line}"
+    );
+    // The stopped rank has said nothing within the grace, and was ended.
+    assert!(start.elapsed() < Duration::from_secs(60));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -312,6 +313,31 @@ fn under_a_launcher_rank_0_speaks_for_all() {
 }
 
 #[test]
+fn a_cluster_that_can_be_read_only_once_is_enough() {
+    let toml = fs::read(shipped("hgx-h200")).unwrap();
+    let mut child = ep("--cluster /dev/stdin --spawn processes --json")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(&toml).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report, of_cluster("hgx-h200", ""));
+}
+
+#[test]
+fn processes_that_end_before_they_meet_are_named_at_once() {
+    let start = Instant::now();
+    let line = format!("--cluster {} --spawn processes", shipped("hgx-h200"));
+    let output = ep(&line).env("EP_DEADLINE_MS", "soon").output().unwrap();
+    let error = no_report(output);
+    assert!(error.contains("EP_DEADLINE_MS is \"soon\""), "{error}");
+    assert!(error.contains("before the ranks met"), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
 fn a_rank_that_does_not_come_is_named_in_time() {
     let start = Instant::now();
     let outputs = launched(0..7).into_iter().map(Child::wait_with_output);
@@ -357,6 +383,21 @@ fn bad_settings_are_refused() {
     let output = ep("").env("WORLD_SIZE", "2").output().unwrap();
     let error = no_report(output);
     assert!(error.contains("RANK is not set"), "{error}");
+    let busy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = busy.local_addr().unwrap().port().to_string();
+    for (size, port, reason) in [
+        ("2", "0", "MASTER_PORT is \"0\""),
+        ("4000000000", "29500", "check WORLD_SIZE"),
+        ("2", &port, "set EP_PORT"),
+    ] {
+        let mut command = ep("");
+        command.env("RANK", "0").env("WORLD_SIZE", size);
+        command
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port);
+        let error = no_report(command.output().unwrap());
+        assert!(error.contains(reason), "{error}");
+    }
 }
 
 #[test]

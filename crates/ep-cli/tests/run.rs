@@ -3,6 +3,8 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
@@ -274,11 +276,62 @@ fn ranks_end_with_their_head_and_leave_nothing() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+#[test]
+fn a_signal_to_all_processes_leaves_nothing() {
+    let folder = Folder::new("group");
+    let mut child = command(&format!("{SMALL} --iters 1000000"))
+        .env("TMPDIR", &folder.0)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    // Said by rank 0 once the ranks have met.
+    let errors = BufReader::new(child.stderr.take().unwrap());
+    assert!(
+        errors
+            .lines()
+            .any(|line| line.unwrap().contains("] memory: "))
+    );
+    let group = format!("-{}", child.id());
+    let killed = Command::new("kill").args(["-9", "--", &group]).status();
+    assert!(killed.unwrap().success());
+    child.wait().unwrap();
+    let left: Vec<_> = fs::read_dir(&folder.0).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = command(SMALL).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = errors(&output);
+    assert!(
+        text.contains("error: standard output cannot be written; check where it leads: No space"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let output = command(SMALL)
+        .env("TMPDIR", "/nonexistent")
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let text = errors(&output);
+    assert!(
+        text.contains("cannot be made in /nonexistent; check TMPDIR"),
+        "{text}"
+    );
+}
+
 /// The four ranks of a head, once they have read their tasks.
 fn started_ranks(head: u32) -> Vec<u32> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        let ranks = children(head);
+        let ranks = common::children(head);
         // The second thread of a rank watches for the end of its head.
         if ranks.len() == 4 && ranks.iter().all(|&rank| threads(rank) >= 2) {
             return ranks;
@@ -286,21 +339,6 @@ fn started_ranks(head: u32) -> Vec<u32> {
         assert!(Instant::now() < deadline, "the ranks did not start");
         thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// Processes that `parent` started.
-fn children(parent: u32) -> Vec<u32> {
-    fs::read_dir(format!("/proc/{parent}/task"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
-        .flat_map(|list| {
-            list.split_whitespace()
-                .map(|pid| pid.parse().unwrap())
-                .collect::<Vec<_>>()
-        })
-        .collect()
 }
 
 /// Threads of a process; 0 if it is gone or a zombie.

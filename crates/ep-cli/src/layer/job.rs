@@ -34,18 +34,6 @@ impl Job {
 
     /// Refuses a shape that no buffer or expert can have.
     pub(crate) fn check(&self) -> Result<(), JobError> {
-        let range = |option, value, min, max| {
-            if (min..=max).contains(&value) {
-                Ok(())
-            } else {
-                Err(JobError::Range {
-                    option,
-                    value,
-                    min,
-                    max,
-                })
-            }
-        };
         let multiple = |option, value: usize, of| {
             if value > 0 && value.is_multiple_of(of) {
                 Ok(())
@@ -68,6 +56,25 @@ impl Job {
         multiple("--experts", self.experts, self.ranks)?;
         multiple("--hidden", self.hidden, 128)?;
         multiple("--intermediate", self.intermediate, 8)
+    }
+}
+
+/// Refuses an option's value that is not from `min` to `max`.
+pub(crate) fn range(
+    option: &'static str,
+    value: usize,
+    min: usize,
+    max: usize,
+) -> Result<(), JobError> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(JobError::Range {
+            option,
+            value,
+            min,
+            max,
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 
 use serde::{Deserialize, Serialize};
 
-use crate::layer::{Dtype, Job, JobError, Routing};
+use crate::layer::{Dtype, Job, JobError, Routing, job};
 use crate::ranks::PlaceArgs;
 
 /// Times dispatch and combine over several ranks and prints one line of JSON for each shape.
@@ -105,6 +105,7 @@ impl Args {
             threads: 1,
         };
         job.check()?;
+        job::range("--warmup", self.warmup, 0, 1_000_000)?;
         Ok(Sweep {
             job,
             tokens: self.tokens.clone(),
@@ -205,6 +206,7 @@ pub(super) mod tests {
             ("--hidden 100", "--hidden"),
             ("--tokens 1,65537", "--tokens"),
             ("--ranks 3", "--experts"),
+            ("--warmup 18446744073709551615", "--warmup"),
         ] {
             let error = parse(line).sweep().unwrap_err().to_string();
             assert!(error.starts_with(option), "{error}");

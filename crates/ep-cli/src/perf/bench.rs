@@ -90,7 +90,7 @@ impl Bench {
     }
 
     /// Turns to the shape of so many tokens.
-    pub(super) fn prepare(&mut self, tokens: usize) -> Result<(), Failure> {
+    fn prepare(&mut self, tokens: usize) -> Result<(), Failure> {
         self.tokens = tokens;
         let input = DispatchInput {
             x: self.x.view().first(tokens),
@@ -104,8 +104,9 @@ impl Bench {
         Ok(self.stream.synchronize()?)
     }
 
-    /// Times every call of the shape, and fails if an operation met anything.
-    pub(super) fn time(&mut self, sweep: &Sweep) -> Result<Times, Failure> {
+    /// Times every call with so many tokens, and fails if an operation met anything.
+    pub(super) fn time(&mut self, sweep: &Sweep, tokens: usize) -> Result<Times, Failure> {
+        self.prepare(tokens)?;
         let calls = sweep.warmup + sweep.job.iters;
         let mut times = if sweep.graph {
             self.replays(calls)?
@@ -113,7 +114,6 @@ impl Bench {
             self.launches(calls)?
         };
         times.forget(sweep.warmup);
-        failure::check(&self.buffer)?;
         Ok(times)
     }
 
@@ -134,8 +134,11 @@ impl Bench {
             let marks = &marks[..left.min(marks.len())];
             for marks in marks {
                 self.pass(|point, stream| Ok(marks.event(point).record(stream.handle())?))?;
+                // A lost rank would cost every further call its time-outs.
+                failure::check(&self.buffer)?;
             }
             self.stream.synchronize()?;
+            failure::check(&self.buffer)?;
             for marks in marks {
                 marks.read(&mut times)?;
             }
@@ -154,6 +157,7 @@ impl Bench {
         let mut times = Times::default();
         for _ in 0..calls {
             graph.replay()?;
+            failure::check(&self.buffer)?;
             marks.read(&mut times)?;
         }
         Ok(times)

@@ -2,9 +2,9 @@
 //! rank 0, started as a launcher would.
 
 use std::env;
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,7 +26,11 @@ pub(super) enum Place {
     /// On the GPUs that the process sees.
     Gpus,
     /// On a simulated cluster.
-    Simulated(Cluster),
+    Simulated {
+        cluster: Cluster,
+        /// As it was read.
+        text: String,
+    },
 }
 
 /// The devices of a place, by rank.
@@ -66,11 +70,12 @@ pub(super) fn threads(args: &Args, place: &Place) -> Result<Report, Failure> {
 pub(super) fn processes(args: &Args, place: &Place) -> Result<Report, Failure> {
     let devices = Devices::of(place)?;
     let size = devices.count()?;
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let port = listener.local_addr()?.port();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(GroupError::Listener)?;
+    let port = listener.local_addr().map_err(GroupError::Listener)?.port();
+    let program = env::current_exe().map_err(GroupError::Program)?;
     let mut others = Others::default();
     for rank in 1..size {
-        let mut command = Command::new(env::current_exe()?);
+        let mut command = Command::new(&program);
         command.arg("preflight");
         if let Some(alloc) = args.alloc.and_then(|alloc| alloc.to_possible_value()) {
             command.args(["--alloc", alloc.get_name()]);
@@ -78,9 +83,12 @@ pub(super) fn processes(args: &Args, place: &Place) -> Result<Report, Failure> {
         if args.bandwidth {
             command.arg("--bandwidth");
         }
-        if let (Some(path), Place::Simulated(cluster)) = (&args.cluster, place) {
-            command.arg("--cluster").arg(path);
+        let mut input = None;
+        if let Place::Simulated { cluster, text } = place {
+            // What the file says may be there to be read once only.
+            command.args(["--cluster", "/dev/stdin"]);
             command.args(["--run-key", &cluster.run_key.to_string()]);
+            input = Some(text.as_str());
         }
         command
             .env("RANK", rank.to_string())
@@ -90,15 +98,38 @@ pub(super) fn processes(args: &Args, place: &Place) -> Result<Report, Failure> {
             .env("MASTER_PORT", port.to_string())
             .env_remove("EP_PORT")
             .env_remove("EP_RUN_ID")
-            .stdin(Stdio::null())
+            .stdin(if input.is_some() {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            })
             .stdout(Stdio::null());
-        others.0.push(command.spawn()?);
+        let started = others.start(command, input);
+        started.map_err(|source| GroupError::Start { rank, source })?;
     }
-    let communicator = Communicator::tcp_listener(listener, size, PATIENCE)?;
+    let communicator = others.meet(listener, size)?;
     let report = examine(args, &devices, &communicator)?;
     drop(communicator);
     others.wait(Instant::now() + PATIENCE)?;
     Ok(report)
+}
+
+/// Why processes are no group.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+enum GroupError {
+    #[error("no port of the loopback interface can be listened at")]
+    Listener(#[source] io::Error),
+    #[error("the program that the ranks run cannot be found")]
+    Program(#[source] io::Error),
+    #[error("rank {rank}: its process could not be started")]
+    Start {
+        rank: u32,
+        #[source]
+        source: io::Error,
+    },
+    #[error("rank {rank}: its process ended ({status}) before the ranks met; see its output above")]
+    Ended { rank: usize, status: ExitStatus },
 }
 
 /// The device of a rank of a simulated cluster, in a process of its own as the driver sees it.
@@ -127,7 +158,7 @@ impl<'a> Devices<'a> {
             Place::Gpus => CudaDriver::load()
                 .map(Self::Gpus)
                 .map_err(PreflightError::NoDriver),
-            Place::Simulated(cluster) => Ok(Self::Simulated(cluster)),
+            Place::Simulated { cluster, .. } => Ok(Self::Simulated(cluster)),
         }
     }
 
@@ -151,6 +182,42 @@ impl<'a> Devices<'a> {
 struct Others(Vec<Child>);
 
 impl Others {
+    /// Starts the next rank and hands it its input.
+    fn start(&mut self, mut command: Command, input: Option<&str>) -> io::Result<()> {
+        let mut child = command.spawn()?;
+        let stdin = child.stdin.take();
+        self.0.push(child);
+        if let (Some(mut stdin), Some(input)) = (stdin, input) {
+            match stdin.write_all(input.as_bytes()) {
+                // It ended before it read; its output says why.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Meets them all. A rank that has ended will not come.
+    fn meet(&mut self, listener: TcpListener, size: u32) -> Result<Communicator, Failure> {
+        let meeting = thread::Builder::new()
+            .name("meeting".to_owned())
+            .spawn(move || Communicator::tcp_listener(listener, size, PATIENCE))?;
+        while !meeting.is_finished() {
+            for (child, rank) in self.0.iter_mut().zip(1..) {
+                if let Some(status) = child.try_wait()?
+                    && !meeting.is_finished()
+                {
+                    return Err(GroupError::Ended { rank, status }.into());
+                }
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        match meeting.join() {
+            Ok(communicator) => Ok(communicator?),
+            Err(_) => Err("the thread that meets the ranks panicked".into()),
+        }
+    }
+
     /// Waits until all have ended, and no longer than until `end`.
     fn wait(&mut self, end: Instant) -> io::Result<()> {
         for child in &mut self.0 {

@@ -178,7 +178,7 @@ impl fmt::Display for Words<'_> {
         } else {
             "not usable"
         };
-        writeln!(f, "{verdict}: {}: {}", report.backend, reason(report))
+        write!(f, "{verdict}: {}: {}", report.backend, reason(report))
     }
 }
 

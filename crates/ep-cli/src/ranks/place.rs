@@ -1,20 +1,17 @@
 //! Where a run takes place: on GPUs, or on a simulated cluster.
 
 use std::fmt;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::process;
-use std::time::SystemTime;
+use std::path::Path;
 
 use ep::Device;
 use ep::driver::DeviceOrdinal;
 #[cfg(feature = "cuda")]
 use ep::driver::{CudaDriver, Driver as _};
-use ep_sim::{Cluster, ClusterError, SimDriver};
+use ep_sim::{Cluster, SimDriver};
 use serde::{Deserialize, Serialize};
 
 use super::Backend;
+use crate::cluster_file::{self, ClusterFileError, run_key};
 use crate::failure::{Failure, chain};
 
 /// Where ranks run.
@@ -109,18 +106,8 @@ pub(crate) enum PlaceError {
     },
     #[error("--cluster describes a simulated cluster; leave out --backend cuda")]
     ClusterOfGpus,
-    #[error("{path} cannot be read")]
-    ClusterFile {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("{path} describes no cluster")]
-    Cluster {
-        path: PathBuf,
-        #[source]
-        source: ClusterError,
-    },
+    #[error(transparent)]
+    ClusterFile(#[from] ClusterFileError),
     #[error("{ranks} ranks need a GPU each and the cluster has {gpus}; lower --ranks")]
     TooSmall { ranks: usize, gpus: usize },
 }
@@ -162,14 +149,7 @@ fn hgx_h200() -> Place {
 }
 
 fn simulated(path: &Path, ranks: usize) -> Result<Place, PlaceError> {
-    let text = fs::read_to_string(path).map_err(|source| PlaceError::ClusterFile {
-        path: path.to_owned(),
-        source,
-    })?;
-    let cluster = Cluster::from_toml(&text).map_err(|source| PlaceError::Cluster {
-        path: path.to_owned(),
-        source,
-    })?;
+    let (text, cluster) = cluster_file::read(path)?;
     let gpus = cluster.ranks();
     if gpus < ranks {
         return Err(PlaceError::TooSmall { ranks, gpus });
@@ -180,13 +160,10 @@ fn simulated(path: &Path, ranks: usize) -> Result<Place, PlaceError> {
     })
 }
 
-fn run_key() -> u64 {
-    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    (now.as_nanos() as u64).rotate_left(32) ^ u64::from(process::id())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::{fs, process};
+
     use super::*;
 
     #[test]
@@ -232,7 +209,13 @@ mod tests {
         ));
         fs::write(&path, "[[nod]]").unwrap();
         let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
-        assert!(matches!(error, PlaceError::Cluster { .. }), "{error:?}");
+        assert!(
+            matches!(
+                error,
+                PlaceError::ClusterFile(ClusterFileError::Malformed { .. })
+            ),
+            "{error:?}"
+        );
         fs::remove_dir_all(&folder).unwrap();
         let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
         assert!(matches!(error, PlaceError::ClusterFile { .. }), "{error:?}");

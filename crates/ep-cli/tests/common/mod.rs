@@ -1,5 +1,6 @@
 //! Commands of `ep`, as a user runs them.
 
+use std::fs;
 use std::process::Command;
 
 /// A command without the environment's opinions.
@@ -22,4 +23,20 @@ pub(crate) fn ep(subcommand: &str, line: &str) -> Command {
         command.env_remove(variable);
     }
     command
+}
+
+/// Processes that `parent` started.
+#[allow(dead_code, reason = "not every test looks for processes")]
+pub(crate) fn children(parent: u32) -> Vec<u32> {
+    fs::read_dir(format!("/proc/{parent}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|list| {
+            list.split_whitespace()
+                .map(|pid| pid.parse().unwrap())
+                .collect::<Vec<_>>()
+        })
+        .collect()
 }
