@@ -117,6 +117,11 @@ impl Bench {
         Ok(times)
     }
 
+    /// Fails if an operation met anything.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        failure::check(&self.buffer)
+    }
+
     /// Leaves the group, with the other ranks.
     pub(super) fn close(self) -> Result<(), Failure> {
         Ok(self.buffer.close()?)
@@ -135,10 +140,10 @@ impl Bench {
             for marks in marks {
                 self.pass(|point, stream| Ok(marks.event(point).record(stream.handle())?))?;
                 // A lost rank would cost every further call its time-outs.
-                failure::check(&self.buffer)?;
+                self.check()?;
             }
             self.stream.synchronize()?;
-            failure::check(&self.buffer)?;
+            self.check()?;
             for marks in marks {
                 marks.read(&mut times)?;
             }
@@ -157,7 +162,6 @@ impl Bench {
         let mut times = Times::default();
         for _ in 0..calls {
             graph.replay()?;
-            failure::check(&self.buffer)?;
             marks.read(&mut times)?;
         }
         Ok(times)

@@ -31,7 +31,8 @@ pub(super) struct Graph<'a> {
     stream: Stream,
     /// The primary context, which is the driver's own.
     context: Arc<CudaContext>,
-    used: PhantomData<(&'a mut Bench, &'a Marks)>,
+    bench: &'a Bench,
+    marks: PhantomData<&'a Marks>,
 }
 
 impl<'a> Graph<'a> {
@@ -60,11 +61,12 @@ impl<'a> Graph<'a> {
             exec: exec.map_err(failed("cuGraphInstantiate"))?,
             stream,
             context,
-            used: PhantomData,
+            bench,
+            marks: PhantomData,
         })
     }
 
-    /// Replays the pass and waits for its end.
+    /// Replays the pass and waits for its end. Fails if an operation met anything.
     pub(super) fn replay(&self) -> Result<(), Failure> {
         self.context
             .bind_to_thread()
@@ -73,7 +75,8 @@ impl<'a> Graph<'a> {
         // SAFETY: the graph and the stream are alive, and so is all that the operations use: `self`
         // borrows it.
         unsafe { graph::launch(self.exec, stream) }.map_err(failed("cuGraphLaunch"))?;
-        Ok(self.stream.synchronize()?)
+        self.stream.synchronize()?;
+        self.bench.check()
     }
 }
 
