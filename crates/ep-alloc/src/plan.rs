@@ -4,7 +4,7 @@ use std::fmt;
 
 use ep_sys::{Bytes16, FabricInfo, FabricState};
 
-use crate::{BackendKind, Failure, Trial};
+use crate::{BackendKind, Cause, Failure, Trial};
 
 /// What the group will use. Prints as one line: the backend, why, and what was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -294,7 +294,13 @@ impl CliqueGap {
     /// What an operator should check next.
     pub fn check(self) -> &'static str {
         match self {
-            Self::Unknown(_) => "check nvidia-smi -q on that host",
+            Self::Unknown(failure) => match failure.cause {
+                Cause::NoLibrary => {
+                    "make libnvidia-ml.so.1 visible to the process (in a container, \
+                     NVIDIA_DRIVER_CAPABILITIES has to include utility)"
+                }
+                _ => failure.check(BackendKind::Fabric, false),
+            },
             Self::NotSupported => "check nvidia-smi -q -d FABRIC; this GPU reports no fabric",
             Self::NotStarted | Self::InProgress | Self::State(_) | Self::Status(_) => {
                 "check nvidia-smi -q -d FABRIC and the log of nvidia-fabricmanager"

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ep_sys::{DeviceInfo, DeviceOrdinal, Driver, FabricInfo, HostFacts};
+use ep_sys::{Call, DeviceInfo, DeviceOrdinal, Driver, FabricInfo, HostFacts};
 
 use crate::backend::backend;
 use crate::{BackendKind, Failure, PerBackend, Trial};
@@ -37,7 +37,11 @@ pub struct Probe {
 /// everything back. Never fails: a refusal is part of the answer.
 pub fn probe(driver: &Arc<dyn Driver>, device: DeviceOrdinal, options: &ProbeOptions) -> Probe {
     let info = driver.device_info(device).map_err(Failure::from);
-    let fabric = driver.fabric_info(device).map_err(Failure::from);
+    let fabric = driver.fabric_info(device).map_err(|error| Failure {
+        // Also where NVML could not be opened.
+        call: Call::FabricInfo,
+        ..error.into()
+    });
     for failure in [info.as_ref().err(), fabric.as_ref().err()]
         .into_iter()
         .flatten()

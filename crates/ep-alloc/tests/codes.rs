@@ -16,8 +16,14 @@ fn codes_are_pinned() {
 
     let calls = [
         (Call::Load, 0),
+        (Call::Init, 1),
+        (Call::DeviceCount, 2),
         (Call::DeviceInfo, 3),
+        (Call::ContextRetain, 4),
+        (Call::ContextSet, 5),
         (Call::FabricInfo, 6),
+        (Call::CanAccessPeer, 7),
+        (Call::EnablePeerAccess, 8),
         (Call::MemGranularity, 9),
         (Call::MemCreate, 10),
         (Call::MemRelease, 11),
@@ -30,14 +36,43 @@ fn codes_are_pinned() {
         (Call::MemImport, 18),
         (Call::MemAlloc, 19),
         (Call::MemFree, 20),
+        (Call::MemInfo, 21),
         (Call::IpcGetHandle, 22),
         (Call::IpcOpen, 23),
         (Call::IpcClose, 24),
+        (Call::HostAlloc, 25),
+        (Call::HostFree, 26),
+        (Call::HostLoad, 27),
+        (Call::Fill, 28),
         (Call::CopyToDevice, 29),
         (Call::CopyToHost, 30),
+        (Call::CopyOnDevice, 31),
+        (Call::StreamCreate, 32),
+        (Call::StreamDestroy, 33),
+        (Call::StreamSynchronize, 34),
+        (Call::StreamWaitEvent, 35),
+        (Call::EventCreate, 36),
+        (Call::EventDestroy, 37),
+        (Call::EventRecord, 38),
+        (Call::EventSynchronize, 39),
+        (Call::EventElapsed, 40),
     ];
+    assert_eq!(calls.map(|(call, _)| call), Call::ALL);
     for (call, code) in calls {
         assert_eq!(call_to_code(call), code, "{call}");
+    }
+
+    for (cause, code) in [
+        (Cause::Status(Status(7)), 0x1000_0000_0007),
+        (Cause::Nvml(7), 0x2000_0000_0007),
+        (Cause::Os(7), 0x3000_0000_0007),
+        (Cause::NoSymbol, 0x4000_0000_0000),
+        (Cause::NoLibrary, 0x5000_0000_0000),
+        (Cause::WrongBytes, 0x6000_0000_0000),
+        (Cause::Other, 0x7000_0000_0000),
+    ] {
+        let call = Call::Load;
+        assert_eq!(Failure { call, cause }.to_code(), code, "{cause:?}");
     }
 
     let not_permitted = Failure {
@@ -51,6 +86,9 @@ fn codes_are_pinned() {
     );
     assert_eq!(Trial::Ok { gdr: true }.to_code(), 0x0001_0000_0000_0001);
     assert_eq!(Trial::default().to_code(), 0);
+    assert_eq!(Trial::NotTried(Untried::NotProbed).to_code(), 0);
+    assert_eq!(Trial::NotTried(Untried::VmmAttribute).to_code(), 1);
+    assert_eq!(Trial::NotTried(Untried::FabricAttribute).to_code(), 2);
     assert_eq!(Trial::NotTried(Untried::PosixFdAttribute).to_code(), 3);
 }
 

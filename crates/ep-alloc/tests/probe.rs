@@ -6,7 +6,7 @@ use ep_alloc::{
     Allocation, BackendKind, Cause, Choice, Error, Export, Failure, ImportRefusal, Probe,
     ProbeOptions, RankFacts, Trial, Untried, decide, probe,
 };
-use ep_sim::{Cluster, IpcNamespace, Outcome, PeerAccess, SimDriver};
+use ep_sim::{Cluster, FaultPlan, IpcNamespace, Outcome, PeerAccess, SimDriver};
 use ep_sys::vmm::{IpcMapping, Mapping, Physical};
 use ep_sys::{Bytes16, Call, DeviceOrdinal, Driver, FabricState, ShareableHandle, Status};
 
@@ -75,6 +75,50 @@ fn the_rdma_flag_is_asked_for_when_wanted_and_nominated() {
         let memory = Allocation::new(&driver, DEVICE, BackendKind::PosixFd, 1, true).unwrap();
         assert_eq!(memory.gdr(), gdr);
     }
+}
+
+#[test]
+fn memory_that_does_not_hold_what_was_written_is_refused() {
+    let wrong = Trial::Refused(Failure {
+        call: Call::CopyToHost,
+        cause: Cause::WrongBytes,
+    });
+    // Fabric and posix_fd each read both ends of their granule.
+    for (nth, fabric, posix_fd) in [
+        (0, wrong, OK),
+        (1, wrong, OK),
+        (2, OK, wrong),
+        (3, OK, wrong),
+        (4, OK, OK),
+    ] {
+        let sim = SimDriver::new(&Cluster::gb200_nvl72(1), 0, &[0]);
+        sim.inject(FaultPlan::garble_nth(nth));
+        let driver: Arc<dyn Driver> = sim;
+        let trials = probe(&driver, DEVICE, &ProbeOptions::default()).trials;
+        assert_eq!(
+            (trials.fabric, trials.posix_fd),
+            (fabric, posix_fd),
+            "{nth}"
+        );
+    }
+}
+
+#[test]
+fn without_nvml_the_reason_says_so() {
+    let facts = group(&Cluster::gb200_nvl72(2)).into_iter().map(|mut f| {
+        f.fabric = Err(Failure {
+            call: Call::FabricInfo,
+            cause: Cause::NoLibrary,
+        });
+        f
+    });
+    let plan = decide(&facts.collect::<Vec<_>>(), &[]).unwrap();
+    let gap = &plan.refused[0];
+    assert_eq!(
+        gap.to_string(),
+        "no NVLink clique on ranks 0-7: nvmlDeviceGetGpuFabricInfo found no driver library"
+    );
+    assert!(gap.check().contains("libnvidia-ml.so.1"), "{}", gap.check());
 }
 
 #[test]

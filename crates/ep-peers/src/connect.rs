@@ -110,7 +110,7 @@ impl fmt::Display for Unreachable {
 ///         host: driver.host_facts().host_id,
 ///         process: process_token()?,
 ///         gpu: driver.device_info(device)?.uuid,
-///         clique: driver.fabric_info(device)?.clique(),
+///         clique: driver.fabric_info(device).ok().and_then(|fabric| fabric.clique()),
 ///     },
 ///     digest: 0,
 ///     facts: Facts::EMPTY,

@@ -109,7 +109,7 @@ impl SimDriver {
         device: DeviceOrdinal,
         body: impl FnOnce(&Process) -> Modelled<T>,
     ) -> Result<T> {
-        self.call(call, device, || body(&self.process.read()), || {})
+        self.call(call, device, |_| body(&self.process.read()), || {})
     }
 
     /// A call that acquires or changes.
@@ -119,7 +119,7 @@ impl SimDriver {
         device: DeviceOrdinal,
         body: impl FnOnce(&mut Process) -> Modelled<T>,
     ) -> Result<T> {
-        self.call(call, device, || body(&mut self.process.write()), || {})
+        self.call(call, device, |_| body(&mut self.process.write()), || {})
     }
 
     /// A call that gives up. Where a fault refuses it, `stuck` marks what stays.
@@ -130,7 +130,7 @@ impl SimDriver {
         body: impl FnOnce(&mut Process) -> Modelled<()>,
         stuck: impl FnOnce(&mut Process),
     ) -> Result<()> {
-        let locked = || {
+        let locked = |_| {
             let mut process = self.process.write();
             process.gpu(device)?;
             body(&mut process)
@@ -138,23 +138,25 @@ impl SimDriver {
         self.call(call, device, locked, || stuck(&mut self.process.write()))
     }
 
+    /// `body` is told whether a fault garbles what it reads.
     fn call<T>(
         &self,
         call: Call,
         device: DeviceOrdinal,
-        body: impl FnOnce() -> Modelled<T>,
+        body: impl FnOnce(bool) -> Modelled<T>,
         refused: impl FnOnce(),
     ) -> Result<T> {
         let begun = self.journal.lock().begin(call, device);
-        if !begun.delay.is_zero() {
-            thread::sleep(begun.delay);
+        let effects = begun.effects;
+        if !effects.delay.is_zero() {
+            thread::sleep(effects.delay);
         }
-        let result = match begun.fault {
+        let result = match effects.status {
             Some(status) => {
                 refused();
                 Err(Refusal::Driver(status))
             }
-            None => body(),
+            None => body(effects.garbled),
         };
         self.journal.lock().end(&begun, &result);
         result.map_err(|refusal| match refusal {
@@ -414,9 +416,14 @@ impl Driver for SimDriver {
     }
 
     fn copy_to_host(&self, device: DeviceOrdinal, dst: &mut [u8], src: DevicePtr) -> Result<()> {
-        self.look(Call::CopyToHost, device, |process| {
-            process.read(device, dst, src)
-        })
+        let read = |garbled| {
+            self.process.read().read(device, &mut *dst, src)?;
+            if garbled {
+                dst.iter_mut().for_each(|byte| *byte = !*byte);
+            }
+            Ok(())
+        };
+        self.call(Call::CopyToHost, device, read, || {})
     }
 
     fn copy_on_device(

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ep_sys::{Call, DeviceOrdinal, Status};
 
-/// Which calls fail or take long.
+/// Which calls fail, lie or take long.
 ///
 /// Calls are counted from 0 at the moment of [`SimDriver::inject`](crate::SimDriver::inject); every
 /// method of the driver counts but `host_facts`, which asks no driver, and `host_load`, which is
@@ -35,7 +35,16 @@ struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     Fail(Status),
+    Garble,
     Delay(Duration),
+}
+
+/// What happens to a call.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Effects {
+    pub(crate) status: Option<Status>,
+    pub(crate) garbled: bool,
+    pub(crate) delay: Duration,
 }
 
 /// The calls among which a fault's call is counted: all, or those of one device, of one kind.
@@ -59,6 +68,11 @@ impl FaultPlan {
     /// The `n`-th call of one kind returns `status`.
     pub fn fail_nth_of(call: Call, n: usize, status: Status) -> Self {
         Self::one(Some(call), n, Effect::Fail(status))
+    }
+
+    /// The `n`-th copy to the host succeeds, but reads other bytes than the memory holds.
+    pub fn garble_nth(n: usize) -> Self {
+        Self::one(Some(Call::CopyToHost), n, Effect::Garble)
     }
 
     /// The `n`-th call takes `delay` longer.
@@ -92,9 +106,8 @@ impl FaultPlan {
         call: Call,
         device: DeviceOrdinal,
         index: impl Fn(Selector) -> usize,
-    ) -> (Option<Status>, Duration) {
-        let mut status = None;
-        let mut delay = Duration::ZERO;
+    ) -> Effects {
+        let mut effects = Effects::default();
         for Fault {
             selector,
             nth,
@@ -107,11 +120,12 @@ impl FaultPlan {
                 continue;
             }
             match effect {
-                Effect::Fail(with) => status = status.or(Some(*with)),
-                Effect::Delay(by) => delay += *by,
+                Effect::Fail(with) => effects.status = effects.status.or(Some(*with)),
+                Effect::Garble => effects.garbled = true,
+                Effect::Delay(by) => effects.delay += *by,
             }
         }
-        (status, delay)
+        effects
     }
 
     fn one(call: Option<Call>, nth: usize, effect: Effect) -> Self {

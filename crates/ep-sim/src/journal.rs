@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::time::Duration;
 
 use ep_sys::{Call, DeviceOrdinal, Status};
 
-use crate::fault::{FaultPlan, Selector, counts};
+use crate::fault::{Effects, FaultPlan, Selector, counts};
 use crate::process::Refusal;
 
 /// Entries that are kept. A driver that lives longer goes on counting, without a journal.
@@ -70,8 +69,7 @@ pub(crate) struct Journal {
 #[derive(Debug)]
 pub(crate) struct Begun {
     index: Option<usize>,
-    pub(crate) fault: Option<Status>,
-    pub(crate) delay: Duration,
+    pub(crate) effects: Effects,
 }
 
 impl Journal {
@@ -82,7 +80,7 @@ impl Journal {
 
     pub(crate) fn begin(&mut self, call: Call, device: DeviceOrdinal) -> Begun {
         let seen = &self.since_injection;
-        let (fault, delay) = self.plan.decide(call, device, |selector| {
+        let effects = self.plan.decide(call, device, |selector| {
             seen.get(&selector).copied().unwrap_or_default()
         });
         for device in [None, Some(device)] {
@@ -112,17 +110,15 @@ impl Journal {
                 });
             }
         }
-        Begun {
-            index,
-            fault,
-            delay,
-        }
+        Begun { index, effects }
     }
 
     pub(crate) fn end<T>(&mut self, begun: &Begun, result: &Result<T, Refusal>) {
         let outcome = match result {
             Ok(_) => Outcome::Done,
-            Err(Refusal::Driver(status)) if begun.fault.is_some() => Outcome::Injected(*status),
+            Err(Refusal::Driver(status)) if begun.effects.status.is_some() => {
+                Outcome::Injected(*status)
+            }
             Err(Refusal::Driver(status)) => Outcome::Refused(*status),
             Err(Refusal::Host(_)) => Outcome::Host,
         };

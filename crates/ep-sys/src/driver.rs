@@ -27,8 +27,8 @@ pub trait Driver: fmt::Debug + Send + Sync {
     fn device_count(&self) -> Result<u32>;
     /// Identity and attributes of a device.
     fn device_info(&self, device: DeviceOrdinal) -> Result<DeviceInfo>;
-    /// NVML's fabric information. A host whose NVML is missing or too old answers
-    /// [`FabricInfo::NONE`]; NVML's refusal of the call is an error.
+    /// NVML's fabric information; of a GPU that has no fabric [`FabricInfo::NONE`]. It is an error
+    /// if NVML is missing, too old, or refuses: the GPU may well be in a fabric.
     fn fabric_info(&self, device: DeviceOrdinal) -> Result<FabricInfo>;
     /// Whether `device` can address the memory of `peer`, both visible to this process.
     fn can_access_peer(&self, device: DeviceOrdinal, peer: DeviceOrdinal) -> Result<bool>;

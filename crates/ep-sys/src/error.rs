@@ -99,12 +99,12 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The library has no such entry point.
-    #[error(
-        "{call}: the installed driver library has no such entry point; check the driver's version"
-    )]
+    #[error("{call}: the installed driver library has no {symbol}; check the driver's version")]
     MissingSymbol {
         /// The call.
         call: Call,
+        /// The entry point, which the call may need beside the one that it is named after.
+        symbol: &'static str,
     },
     /// An NVML call failed.
     #[error("{call} on {device} returned NVML status {status}; check nvidia-smi on this host")]
@@ -131,7 +131,7 @@ impl Error {
     pub fn call(&self) -> Call {
         match self {
             Self::Refused { call, .. }
-            | Self::MissingSymbol { call }
+            | Self::MissingSymbol { call, .. }
             | Self::Nvml { call, .. }
             | Self::Os { call, .. } => *call,
             Self::Library { .. } => Call::Load,
@@ -161,9 +161,8 @@ fn hint(call: Call, status: Status) -> &'static str {
         (Call::MemImport, _) => {
             "check that the exporter lives and, for a fabric handle, that both hosts are in one NVLink domain and run nvidia-imex"
         }
-        (Call::IpcOpen, _) => {
-            "check that both processes share the IPC and PID namespaces, or use EP_ALLOC=posix-fd"
-        }
+        (Call::IpcOpen, Status::PEER_ACCESS_UNSUPPORTED) => "check nvidia-smi topo -p2p r",
+        (Call::IpcOpen, _) => "check that both processes share the IPC and PID namespaces",
         (_, Status::SYSTEM_NOT_READY) => "check that nvidia-fabricmanager is running",
         _ => "check the driver log (dmesg, nvidia-smi -q)",
     }

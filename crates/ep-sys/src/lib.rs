@@ -10,9 +10,11 @@
 //! Safety story: `unsafe` lives in `cuda` and `nvml`, where function pointers are called. The trait
 //! takes and returns numbers in newtypes, never references to device memory, so implementing and
 //! calling it is safe: a wrong address is refused by the driver with a status, or by this crate
-//! where the driver would not survive it. Stream handles are the exception: those of a framework are
-//! welcome, so whoever wraps a number that is not from [`Driver`] vouches that it names a live
-//! stream.
+//! where the driver would not survive it. There are two exceptions. Streams of a framework are
+//! welcome, so whoever passes a [`StreamHandle`] vouches that it names a live stream: not one of
+//! another origin, and not one that [`Driver`] has destroyed. And page-locked host memory is device
+//! memory too, so whoever passes such an address as a destination vouches that nothing in this
+//! process refers to the memory.
 
 mod call;
 mod caps;

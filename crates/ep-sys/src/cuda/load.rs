@@ -83,7 +83,10 @@ macro_rules! entry_points {
                     site: $crate::cuda::load::Site,
                     $($arg: $type),*
                 ) -> $crate::Result<()> {
-                    let f = self.$safe.ok_or($crate::Error::MissingSymbol { call: site.call })?;
+                    let f = self.$safe.ok_or($crate::Error::MissingSymbol {
+                        call: site.call,
+                        symbol: stringify!($safe),
+                    })?;
                     // SAFETY: `f` has this signature, and the argument types alone make the call
                     // valid, as its place in the table says.
                     let status = unsafe { f($($arg),*) };
@@ -99,7 +102,10 @@ macro_rules! entry_points {
                     site: $crate::cuda::load::Site,
                     $($raw_arg: $raw_type),*
                 ) -> $crate::Result<()> {
-                    let f = self.$raw.ok_or($crate::Error::MissingSymbol { call: site.call })?;
+                    let f = self.$raw.ok_or($crate::Error::MissingSymbol {
+                        call: site.call,
+                        symbol: stringify!($raw),
+                    })?;
                     // SAFETY: `f` has this signature; the caller vouches for the pointers.
                     let status = unsafe { f($($raw_arg),*) };
                     $crate::cuda::load::answer(site, stringify!($raw), status, $refused)

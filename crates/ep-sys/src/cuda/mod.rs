@@ -48,7 +48,7 @@ use crate::{
 /// stream, and none waits for them: synchronise with whatever writes or reads the device memory.
 pub struct CudaDriver {
     cuda: Table,
-    nvml: OnceLock<Option<Nvml>>,
+    nvml: OnceLock<Nvml>,
     nvml_path: &'static OsStr,
     devices: Box<[Device]>,
     live: Live,
@@ -214,6 +214,15 @@ impl CudaDriver {
         })
     }
 
+    /// NVML, opened by the first who asks.
+    fn nvml(&self) -> Result<&Nvml> {
+        if let Some(nvml) = self.nvml.get() {
+            return Ok(nvml);
+        }
+        let opened = Nvml::open(self.nvml_path)?;
+        Ok(self.nvml.get_or_init(|| opened))
+    }
+
     /// What `cuMemCreate` is asked for.
     fn prop(&self, site: Site, kind: HandleKind, gdr: bool) -> Result<CUmemAllocationProp> {
         Ok(CUmemAllocationProp {
@@ -295,10 +304,7 @@ impl Driver for CudaDriver {
         // NVML numbers every GPU of the host, CUDA only those visible here: the PCI address is
         // common to both.
         let pci_bus_id = self.pci_bus_id(site)?;
-        match self.nvml.get_or_init(|| Nvml::open(self.nvml_path)) {
-            Some(nvml) => nvml.fabric_info(site, &pci_bus_id),
-            None => Ok(FabricInfo::NONE),
-        }
+        self.nvml()?.fabric_info(site, &pci_bus_id)
     }
 
     fn can_access_peer(&self, device: DeviceOrdinal, peer: DeviceOrdinal) -> Result<bool> {

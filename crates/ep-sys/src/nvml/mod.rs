@@ -79,22 +79,19 @@ entry_points! {
 pub(crate) struct Nvml(Table);
 
 impl Nvml {
-    /// Opens the library, if the host has one.
-    pub(crate) fn open(path: &OsStr) -> Option<Self> {
-        match load::open("libnvidia-ml.so.1", path) {
-            Ok(library) => Some(Self(Table::resolve(library))),
-            Err(error) => {
-                tracing::debug!(%error, "no NVML");
-                None
-            }
-        }
+    /// Opens the library.
+    pub(crate) fn open(path: &OsStr) -> Result<Self> {
+        load::open("libnvidia-ml.so.1", path).map(|library| Self(Table::resolve(library)))
     }
 
-    /// What NVML says of the GPU at a PCI address. A library without the call, and a GPU without a
-    /// fabric, answer [`FabricInfo::NONE`].
+    /// What NVML says of the GPU at a PCI address. Of a GPU without a fabric it is
+    /// [`FabricInfo::NONE`].
     pub(crate) fn fabric_info(&self, site: Site, pci_bus_id: &str) -> Result<FabricInfo> {
         match self.ask(site, pci_bus_id) {
-            Err(error) if is_absent(&error) => Ok(FabricInfo::NONE),
+            Err(Error::Nvml {
+                status: NOT_SUPPORTED,
+                ..
+            }) => Ok(FabricInfo::NONE),
             answer => answer,
         }
     }
@@ -175,16 +172,4 @@ fn is_too_new(error: &Error) -> bool {
                 ..
             }
     )
-}
-
-/// There is nothing to know.
-fn is_absent(error: &Error) -> bool {
-    is_too_new(error)
-        || matches!(
-            error,
-            Error::Nvml {
-                status: NOT_SUPPORTED,
-                ..
-            }
-        )
 }

@@ -65,8 +65,16 @@ fn the_newest_structure_that_the_library_knows_is_used() {
 }
 
 #[test]
-fn a_library_without_the_call_has_no_fabric() {
-    let lacking: [&[&str]; 4] = [
+fn a_gpu_without_a_fabric_has_none() {
+    let Some((answer, _)) = ask(&["FAIL=\"nvmlDeviceGetGpuFabricInfoV\"", "STATUS=3"]) else {
+        return;
+    };
+    assert_eq!(answer.unwrap(), FabricInfo::NONE);
+}
+
+#[test]
+fn a_library_without_the_call_does_not_know() {
+    let lacking: [&[&str]; 3] = [
         &["nvmlInit_v2=absent"],
         &["KNOWS=1", "nvmlDeviceGetGpuFabricInfo=absent"],
         &[
@@ -74,13 +82,13 @@ fn a_library_without_the_call_has_no_fabric() {
             "FAIL=\"nvmlDeviceGetGpuFabricInfo\"",
             "STATUS=13",
         ],
-        &["FAIL=\"nvmlDeviceGetGpuFabricInfoV\"", "STATUS=3"],
     ];
     for defines in lacking {
         let Some((answer, _)) = ask(defines) else {
             return;
         };
-        assert_eq!(answer.unwrap(), FabricInfo::NONE, "{defines:?}");
+        let error = answer.unwrap_err();
+        assert_eq!(error.call(), Call::FabricInfo, "{defines:?}");
     }
 }
 
