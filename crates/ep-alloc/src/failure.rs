@@ -99,22 +99,15 @@ impl Failure {
             return "check that /dev/nvidia-caps-imex-channels/channel0 exists and is passed to the \
                     container, and that nvidia-imex runs";
         }
+        if let Cause::Status(status) = self.cause
+            && let Some(advice) = status.advice()
+        {
+            return advice;
+        }
         match (kind, self.call, self.cause) {
             (Fabric, Call::MemCreate, Cause::Status(Status::NOT_PERMITTED)) => {
                 "check the permissions of /dev/nvidia-caps-imex-channels/channel* and that \
                  nvidia-imex runs"
-            }
-            (_, _, Cause::Status(Status::OUT_OF_MEMORY)) => {
-                "free device memory, or lower the buffer's limits"
-            }
-            (_, _, Cause::Status(Status::STUB_LIBRARY)) => {
-                "a toolkit's stub libcuda was loaded; take its folder off the loader's path"
-            }
-            (_, _, Cause::Status(Status::NO_DEVICE | Status::INVALID_DEVICE)) => {
-                "check CUDA_VISIBLE_DEVICES"
-            }
-            (_, _, Cause::Status(Status::SYSTEM_NOT_READY)) => {
-                "check that nvidia-fabricmanager runs"
             }
             (_, _, Cause::NoLibrary) => {
                 "install the NVIDIA driver, or make its folder visible to the dynamic loader"
@@ -123,9 +116,6 @@ impl Failure {
             (PosixFd, _, Cause::Os(_)) => "check the descriptor limit (ulimit -n)",
             (Fabric, Call::MemImport, _) => {
                 "check with nvidia-imex-ctl -N that both hosts are in one IMEX domain"
-            }
-            (Malloc, Call::IpcOpen, Cause::Status(Status::PEER_ACCESS_UNSUPPORTED)) => {
-                "check nvidia-smi topo -p2p r"
             }
             (Malloc, Call::IpcGetHandle, _) => {
                 "check that the platform has CUDA IPC (virtual machines may not), or set \

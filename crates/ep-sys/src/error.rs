@@ -25,6 +25,23 @@ macro_rules! statuses {
     };
 }
 
+impl Status {
+    /// What an operator should check next, where the status tells by itself, whichever call
+    /// returned it.
+    pub fn advice(self) -> Option<&'static str> {
+        Some(match self {
+            Self::OUT_OF_MEMORY => "free device memory, or lower the buffer's limits",
+            Self::STUB_LIBRARY => {
+                "a toolkit's stub libcuda was loaded; take its folder off the loader's path"
+            }
+            Self::NO_DEVICE | Self::INVALID_DEVICE => "check CUDA_VISIBLE_DEVICES",
+            Self::PEER_ACCESS_UNSUPPORTED => "check nvidia-smi topo -p2p r",
+            Self::SYSTEM_NOT_READY => "check that nvidia-fabricmanager runs",
+            _ => return None,
+        })
+    }
+}
+
 statuses! {
     SUCCESS = 0 => "CUDA_SUCCESS",
     INVALID_VALUE = 1 => "CUDA_ERROR_INVALID_VALUE",
@@ -149,21 +166,14 @@ impl Error {
 
 /// What an operator should check next.
 fn hint(call: Call, status: Status) -> &'static str {
-    match (call, status) {
+    status.advice().unwrap_or(match (call, status) {
         (Call::MemCreate, Status::NOT_PERMITTED) => {
             "no IMEX channel device node is visible to this process, or the handle type is not permitted"
         }
-        (_, Status::OUT_OF_MEMORY) => "free device memory, or lower the buffer's limits",
-        (_, Status::STUB_LIBRARY) => {
-            "a toolkit's stub libcuda was loaded; take its folder off the loader's path"
-        }
-        (_, Status::NO_DEVICE | Status::INVALID_DEVICE) => "check CUDA_VISIBLE_DEVICES",
         (Call::MemImport, _) => {
             "check that the exporter lives and, for a fabric handle, that both hosts are in one NVLink domain and run nvidia-imex"
         }
-        (Call::IpcOpen, Status::PEER_ACCESS_UNSUPPORTED) => "check nvidia-smi topo -p2p r",
         (Call::IpcOpen, _) => "check that both processes share the IPC and PID namespaces",
-        (_, Status::SYSTEM_NOT_READY) => "check that nvidia-fabricmanager is running",
         _ => "check the driver log (dmesg, nvidia-smi -q)",
-    }
+    })
 }
