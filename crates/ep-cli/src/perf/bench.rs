@@ -17,8 +17,6 @@ use crate::layer::{Dtype, Routes};
 
 /// What the launch of a timed call hides behind: longer than it takes.
 const SPIN: Duration = Duration::from_micros(60);
-/// Calls between two waits for the stream.
-const CALLS_AT_ONCE: usize = 64;
 
 /// One rank's buffer and tensors, made for the most tokens of the sweep.
 #[derive(Debug)]
@@ -127,27 +125,16 @@ impl Bench {
         Ok(self.buffer.close()?)
     }
 
-    /// Times calls that are launched on the stream.
+    /// Times calls that are launched on the stream. One pass at a time: all behind the one in which
+    /// a rank stops would wait for it in vain.
     fn launches(&mut self, calls: usize) -> Result<Times, Failure> {
-        let device = self.buffer.device();
-        let marks: Vec<Marks> = (0..calls.min(CALLS_AT_ONCE))
-            .map(|_| Marks::new(device))
-            .collect::<Result<_, _>>()?;
+        let marks = Marks::new(self.buffer.device())?;
         let mut times = Times::default();
-        let mut left = calls;
-        while left > 0 {
-            let marks = &marks[..left.min(marks.len())];
-            for marks in marks {
-                self.pass(|point, stream| Ok(marks.event(point).record(stream.handle())?))?;
-                // A lost rank would cost every further call its time-outs.
-                self.check()?;
-            }
+        for _ in 0..calls {
+            self.pass(|point, stream| Ok(marks.event(point).record(stream.handle())?))?;
             self.stream.synchronize()?;
             self.check()?;
-            for marks in marks {
-                marks.read(&mut times)?;
-            }
-            left -= marks.len();
+            marks.read(&mut times)?;
         }
         Ok(times)
     }
