@@ -14,6 +14,7 @@ mod graph;
 mod line;
 mod routes;
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -35,7 +36,7 @@ pub(crate) fn main(args: &Args) -> ExitCode {
 fn measure(args: &Args) -> Result<(), Failure> {
     let start = Instant::now();
     let sweep = args.sweep()?;
-    let found = ranks::run(&sweep, &args.place, start)?;
+    let found = ranks::run(&sweep, &args.place, NonZeroUsize::MIN, start)?;
     for shape in 0..sweep.tokens.len() {
         let measured: Vec<&Measurement> = found.iter().map(|rank| &rank.shapes[shape]).collect();
         let line = Line::new(&sweep, &found[0], &measured);

@@ -6,7 +6,7 @@ mod place;
 use std::fmt;
 use std::fs::{self, DirBuilder};
 use std::io::{self, BufRead, Read, Write};
-use std::num::NonZeroU64;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command, ExitCode};
@@ -168,14 +168,15 @@ pub(crate) fn cores() -> usize {
 pub(crate) fn run<W: Work>(
     work: &W,
     args: &PlaceArgs,
+    ranks_per_gpu: NonZeroUsize,
     start: Instant,
 ) -> Result<Vec<W::Outcome>, Failure> {
-    let (place, reason) = Place::choose(args.backend, args.cluster.as_deref(), work.ranks())?;
-    eprintln!(
-        "{} ranks, each a {}, on {place}: {reason}",
-        work.ranks(),
-        args.spawn
-    );
+    let (place, reason) = Place::choose(args, ranks_per_gpu, work.ranks())?;
+    let ranks = match work.ranks() {
+        1 => "1 rank".to_owned(),
+        ranks => format!("{ranks} ranks"),
+    };
+    eprintln!("{ranks}, each a {}, on {place}: {reason}", args.spawn);
     let progress = |rank: usize, text: &str| {
         if rank == 0 {
             eprintln!("[{:6.2} s] {text}", start.elapsed().as_secs_f64());

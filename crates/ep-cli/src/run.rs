@@ -41,7 +41,7 @@ pub(crate) fn main(args: &Args) -> ExitCode {
 fn launch(args: &Args) -> Result<bool, Failure> {
     let start = Instant::now();
     let job = args.job(cores())?;
-    let outcomes = ranks::run(&job, &args.place, start)?;
+    let outcomes = ranks::run(&job, &args.place, args.ranks_per_gpu, start)?;
     let report = Report::new(&job, &outcomes);
     if args.json {
         eprintln!("{report}");

@@ -3,6 +3,10 @@
 //! Whether there are GPUs is found out when the tests run. `EP_GPU=require` makes their absence a
 //! failure. `EP_GPU_CASES` and `EP_GPU_ITERS` say how many drawn cases and how many iterations are
 //! run, for instance few under compute-sanitizer.
+//!
+//! A rank is a thread with a GPU to itself. Where `EP_GPU_RANKS_EACH` is above 1, so many ranks share
+//! each GPU and are processes that take turns on it, at any instruction of a kernel: groups of four
+//! on one GPU.
 
 #![allow(unsafe_code, reason = "lends streams to the library")]
 
@@ -13,6 +17,7 @@ mod rig;
 use std::fmt::Debug;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -59,7 +64,43 @@ fn gpus() -> Option<u32> {
     }
 }
 
-/// The sizes of groups that the GPUs of this host can form, one rank to a GPU; no more than `most`.
+/// Ranks that share a GPU.
+fn ranks_each() -> u32 {
+    setting("EP_GPU_RANKS_EACH", 1)
+}
+
+/// Whether this process starts the ranks of a test and is none. They have ended well on return.
+fn starts_ranks(test: &str) -> bool {
+    if ranks_each() == 1 || Task::of_this_process().is_some() {
+        return false;
+    }
+    let ranks = groups(8).pop().unwrap_or(0);
+    Processes::start(test, ranks, &[], |_, _| {}).succeed();
+    true
+}
+
+/// Runs the ranks of a group that are in this process: all as threads, or one, or none if the process
+/// is a rank that the group does not have.
+fn group<T: Send>(ranks: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
+    static GROUPS: AtomicU64 = AtomicU64::new(0);
+    // The first groups may be done long before all ranks are needed.
+    const LONGEST_TEST: Duration = Duration::from_secs(3600);
+    let Some(task) = Task::of_this_process() else {
+        return threads(ranks, rank);
+    };
+    let name = format!(
+        "@ep-test-{}-{}",
+        task.key,
+        GROUPS.fetch_add(1, Ordering::Relaxed)
+    );
+    let size = u32::try_from(ranks).unwrap();
+    (task.rank < size)
+        .then(|| rank(Communicator::unix(name, task.rank, size, LONGEST_TEST).unwrap()))
+        .into_iter()
+        .collect()
+}
+
+/// The sizes of groups that the GPUs of this host can form; no more than `most`.
 fn groups(most: u32) -> Vec<usize> {
     let Some(gpus) = gpus() else {
         return Vec::new();
@@ -67,26 +108,31 @@ fn groups(most: u32) -> Vec<usize> {
     let (fit, rest): (Vec<u32>, Vec<u32>) = [1, 2, 4, 8]
         .into_iter()
         .filter(|size| *size <= most)
-        .partition(|size| *size <= gpus);
+        .partition(|size| *size <= gpus * ranks_each());
     if !rest.is_empty() {
         eprintln!("skipped groups of {rest:?}: {gpus} GPUs");
     }
     fit.into_iter().map(|size| size as usize).collect()
 }
 
+/// The GPU of a rank.
+fn device(rank: u32) -> Result<Device, Error> {
+    gpu(rank / ranks_each())
+}
+
 #[cfg(feature = "cuda")]
-fn device(ordinal: u32) -> Result<Device, Error> {
+fn gpu(ordinal: u32) -> Result<Device, Error> {
     Device::cuda(ep::driver::DeviceOrdinal(ordinal))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn device(ordinal: u32) -> Result<Device, Error> {
+fn gpu(ordinal: u32) -> Result<Device, Error> {
     unreachable!("asked for GPU {ordinal} without feature cuda")
 }
 
 /// Runs a case with a thread for each rank, on so many multiprocessors each; 0: all.
-fn run_threads(case: &Case, num_sms: u32, operations: usize, order: Order) -> Result<(), String> {
-    let outcomes = threads(case.ranks, |comm| {
+fn run_group(case: &Case, num_sms: u32, operations: usize, order: Order) -> Result<(), String> {
+    let outcomes = group(case.ranks, |comm| {
         let device = device(comm.rank()).map_err(explain)?;
         let rank = Rank::with(&device, &comm, case, |builder| builder.num_sms(num_sms))
             .map_err(explain)?;
@@ -98,12 +144,15 @@ fn run_threads(case: &Case, num_sms: u32, operations: usize, order: Order) -> Re
 
 #[test]
 fn drawn_cases_on_gpus() {
+    if starts_ranks("drawn_cases_on_gpus") {
+        return;
+    }
     for ranks in groups(8) {
         for n in 0..setting("EP_GPU_CASES", 48) {
             let (case, order) = drawn(ranks, n);
             // Few multiprocessors have many tokens and rows each, as have all of them with more.
             let num_sms = [0, 3][n as usize % 2];
-            run_threads(&case, num_sms, 4, order).unwrap_or_else(|errors| {
+            run_group(&case, num_sms, 4, order).unwrap_or_else(|errors| {
                 panic!("case {n} of {ranks} ranks, {num_sms} SMs: {errors}\n{order:?} {case:#?}")
             });
         }
@@ -113,6 +162,9 @@ fn drawn_cases_on_gpus() {
 /// The shapes of well-known models, at the batch sizes of decoding.
 #[test]
 fn models_on_gpus() {
+    if starts_ranks("models_on_gpus") {
+        return;
+    }
     let shapes = [
         // hidden, experts, top-k, most tokens
         (7168, 256, 8, 128),
@@ -143,7 +195,7 @@ fn models_on_gpus() {
                 ..case(ranks)
             };
             for num_sms in [0, 8] {
-                run_threads(&case, num_sms, 1, Order::Fused).unwrap_or_else(|errors| {
+                run_group(&case, num_sms, 1, Order::Fused).unwrap_or_else(|errors| {
                     panic!("{ranks} ranks, {num_sms} SMs: {errors}\n{case:?}")
                 });
             }
@@ -157,9 +209,13 @@ fn processes_on_gpus() {
     if let Some(task) = Task::of_this_process() {
         let [ranks, visible] = [0, 1].map(|i| task.words[i].parse::<usize>().unwrap());
         // With one GPU visible to each process, every process calls its own number 0.
-        let ordinal = if visible == 1 { 0 } else { task.rank };
         let choice = Choice::parse(&task.words[2]).unwrap();
-        let device = device(ordinal).unwrap();
+        let device = if visible == 1 {
+            gpu(0)
+        } else {
+            device(task.rank)
+        };
+        let device = device.unwrap();
         let comm = task.meet(ranks).unwrap();
         for n in 0..2 {
             let (case, order) = drawn(ranks, n);
@@ -178,7 +234,8 @@ fn processes_on_gpus() {
         }
         let one = [&ranks.to_string(), "1", "auto"];
         Processes::start(TEST, ranks, &one, |rank, command| {
-            command.env("CUDA_VISIBLE_DEVICES", rank.to_string());
+            let ordinal = rank / ranks_each() as usize;
+            command.env("CUDA_VISIBLE_DEVICES", ordinal.to_string());
         })
         .succeed();
     }
@@ -229,6 +286,9 @@ fn written(tensors: &Tensors) -> Result<Vec<Vec<u8>>, Error> {
 /// poisoned before and compared after.
 #[test]
 fn iterations_back_to_back_on_gpus() {
+    if starts_ranks("iterations_back_to_back_on_gpus") {
+        return;
+    }
     const AT_ONCE: usize = 8;
     let iterations: usize = setting("EP_GPU_ITERS", 10_000);
     for ranks in groups(8) {
@@ -241,7 +301,7 @@ fn iterations_back_to_back_on_gpus() {
                 ..case(ranks)
             };
             let inputs: Vec<_> = (0..AT_ONCE).map(|n| case.inputs(n)).collect();
-            let outcomes = threads(ranks, |comm| {
+            let outcomes = group(ranks, |comm| {
                 let device = device(comm.rank()).map_err(explain)?;
                 let rank = Rank::new(&device, &comm, &case).map_err(explain)?;
                 let oracles: Vec<_> = (0..).zip(&inputs).map(|(n, i)| rank.oracle(n, i)).collect();
@@ -286,6 +346,9 @@ fn iterations_back_to_back_on_gpus() {
 /// operations that are enqueued as usual, and after a refresh of the buffer.
 #[test]
 fn graphs_replay_on_gpus() {
+    if starts_ranks("graphs_replay_on_gpus") {
+        return;
+    }
     in_each_precision(replay);
 }
 
@@ -298,7 +361,7 @@ fn in_each_precision(part: fn(&Case, &Communicator) -> Result<(), String>) {
                 precision,
                 ..case(ranks)
             };
-            let outcomes = threads(ranks, |comm| {
+            let outcomes = group(ranks, |comm| {
                 part(&case, &comm).map_err(|error| format!("{precision:?}: {error}"))
             });
             all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
@@ -398,6 +461,9 @@ fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
 /// stream, launched and replayed.
 #[test]
 fn operations_beside_other_work_on_gpus() {
+    if starts_ranks("operations_beside_other_work_on_gpus") {
+        return;
+    }
     in_each_precision(beside);
 }
 
@@ -599,9 +665,12 @@ impl<'r> Beside<'r> {
 /// What is added over dispatches, of one launch and of two, and replayed; and a rank that is late.
 #[test]
 fn totals_and_waits_on_gpus() {
+    if starts_ranks("totals_and_waits_on_gpus") {
+        return;
+    }
     for ranks in groups(8) {
         let case = case(ranks);
-        let outcomes = threads(ranks, |comm| totals_and_waits(&case, &comm));
+        let outcomes = group(ranks, |comm| totals_and_waits(&case, &comm));
         all_well(outcomes).unwrap_or_else(|errors| panic!("{ranks} ranks: {errors}"));
     }
 }
@@ -714,6 +783,9 @@ fn totals_and_waits(case: &Case, comm: &Communicator) -> Result<(), String> {
 
 #[test]
 fn a_late_rank_is_reported_on_gpus() {
+    if starts_ranks("a_late_rank_is_reported_on_gpus") {
+        return;
+    }
     let Some(&ranks) = groups(4).iter().find(|ranks| **ranks > 1) else {
         return;
     };
@@ -725,7 +797,7 @@ fn a_late_rank_is_reported_on_gpus() {
         ..case(ranks)
     };
     for num_sms in [0, 1] {
-        threads(ranks, |comm| report_late_rank(&case, num_sms, &comm));
+        group(ranks, |comm| report_late_rank(&case, num_sms, &comm));
     }
 }
 
@@ -774,8 +846,11 @@ fn report_late_rank(case: &Case, num_sms: u32, comm: &Communicator) {
 
 #[test]
 fn weights_that_do_not_come_keep_no_other_rank_waiting_on_gpus() {
+    if starts_ranks("weights_that_do_not_come_keep_no_other_rank_waiting_on_gpus") {
+        return;
+    }
     for ranks in groups(4).into_iter().filter(|ranks| *ranks > 1) {
-        threads(ranks, |comm| {
+        group(ranks, |comm| {
             rig::miss_weights_of_rank_0(&device(comm.rank()).unwrap(), &comm);
         });
     }
@@ -783,13 +858,16 @@ fn weights_that_do_not_come_keep_no_other_rank_waiting_on_gpus() {
 
 #[test]
 fn buffers_come_and_go_on_gpus() {
+    if starts_ranks("buffers_come_and_go_on_gpus") {
+        return;
+    }
     let Some(ranks) = groups(4).pop() else {
         return;
     };
     let case = case(ranks);
     let free = |device: &Device| device.driver().mem_info(device.ordinal()).unwrap().0;
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
-    threads(ranks, |comm| {
+    group(ranks, |comm| {
         let device = device(comm.rank()).unwrap();
         let mut before = None;
         for round in 0..setting("EP_GPU_ITERS", 200).min(200) {
@@ -825,11 +903,14 @@ fn buffers_come_and_go_on_gpus() {
 
 #[test]
 fn forced_fabric_is_refused_with_the_reason_on_gpus() {
+    if starts_ranks("forced_fabric_is_refused_with_the_reason_on_gpus") {
+        return;
+    }
     let Some(ranks) = groups(4).pop() else {
         return;
     };
     let case = case(ranks);
-    let outcomes = threads(ranks, |comm| {
+    let outcomes = group(ranks, |comm| {
         let device = device(comm.rank()).unwrap();
         let driver: &Arc<dyn Driver> = device.driver();
         if driver.host_facts().imex_channel {
@@ -867,7 +948,7 @@ fn expert_kernels_on_a_gpu() {
     if gpus().is_none() {
         return;
     }
-    let device = device(0).unwrap();
+    let device = gpu(0).unwrap();
     let stream = Stream::new(&device).unwrap();
     let (capacity, hidden, rows) = (19, 256, 16);
 

@@ -1,6 +1,7 @@
 //! Where a run takes place: on GPUs, or on a simulated cluster.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use ep::Device;
@@ -10,7 +11,7 @@ use ep::driver::{CudaDriver, Driver as _};
 use ep_sim::{Cluster, SimDriver};
 use serde::{Deserialize, Serialize};
 
-use super::Backend;
+use super::{Backend, PlaceArgs, Spawn};
 use crate::cluster_file::{self, ClusterFileError, run_key};
 use crate::failure::{Failure, chain};
 
@@ -18,8 +19,11 @@ use crate::failure::{Failure, chain};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Place {
-    /// On GPUs, one each.
-    Cuda,
+    /// On GPUs.
+    Cuda {
+        /// Neighbouring ranks that share one.
+        ranks_per_gpu: NonZeroUsize,
+    },
     /// On a simulated cluster.
     Sim {
         /// Its file's text; one HGX H200 host without.
@@ -32,17 +36,23 @@ pub(crate) enum Place {
 impl Place {
     /// Where `ranks` ranks run, and why there.
     pub(super) fn choose(
-        choice: Backend,
-        cluster: Option<&Path>,
+        args: &PlaceArgs,
+        ranks_per_gpu: NonZeroUsize,
         ranks: usize,
     ) -> Result<(Self, String), PlaceError> {
-        match (choice, cluster) {
+        // What frees memory in a process waits for the process's kernels, and these for each other.
+        if ranks_per_gpu.get() > 1 && args.spawn == Spawn::Threads {
+            return Err(PlaceError::ThreadsOnOneGpu);
+        }
+        let cuda = Self::Cuda { ranks_per_gpu };
+        let gpus = |ranks: usize| gpus(ranks.div_ceil(ranks_per_gpu.get()));
+        match (args.backend, args.cluster.as_deref()) {
             (Backend::Cuda, Some(_)) => Err(PlaceError::ClusterOfGpus),
-            (Backend::Cuda, None) => Ok((Self::Cuda, gpus(ranks)?)),
+            (Backend::Cuda, None) => Ok((cuda, gpus(ranks)?)),
             (_, Some(path)) => Ok((simulated(path, ranks)?, path.display().to_string())),
             (Backend::Sim, None) => Ok((hgx_h200(), "as asked".to_owned())),
             (Backend::Auto, None) => match gpus(ranks) {
-                Ok(reason) => Ok((Self::Cuda, reason)),
+                Ok(reason) => Ok((cuda, reason)),
                 Err(error) => Ok((hgx_h200(), chain(&error))),
             },
         }
@@ -52,9 +62,12 @@ impl Place {
     pub(super) fn device(&self, ranks: usize, rank: usize) -> Result<Device, Failure> {
         match self {
             #[cfg(feature = "cuda")]
-            Self::Cuda => Ok(Device::cuda(DeviceOrdinal(u32::try_from(rank)?))?),
+            Self::Cuda { ranks_per_gpu } => {
+                let ordinal = DeviceOrdinal(u32::try_from(rank / *ranks_per_gpu)?);
+                Ok(Device::cuda(ordinal)?)
+            }
             #[cfg(not(feature = "cuda"))]
-            Self::Cuda => Err(PlaceError::NotBuilt.into()),
+            Self::Cuda { .. } => Err(PlaceError::NotBuilt.into()),
             Self::Sim { cluster, run_key } => {
                 let cluster = match cluster {
                     Some(text) => Cluster::from_toml(text)?,
@@ -73,7 +86,7 @@ impl Place {
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Cuda => "GPUs",
+            Self::Cuda { .. } => "GPUs",
             Self::Sim { .. } => "a simulated cluster with the host kernels",
         })
     }
@@ -91,9 +104,9 @@ pub(crate) enum PlaceError {
     Driver(#[from] ep::driver::Error),
     #[cfg(feature = "cuda")]
     #[error(
-        "{ranks} ranks need a GPU each and {gpus} are visible; lower --ranks or check CUDA_VISIBLE_DEVICES"
+        "{needed} GPUs are needed and {visible} are visible; lower --ranks or check CUDA_VISIBLE_DEVICES"
     )]
-    TooFewGpus { ranks: usize, gpus: usize },
+    TooFewGpus { needed: usize, visible: usize },
     #[cfg(feature = "cuda")]
     #[error(
         "GPU {gpu} ({name}) has compute capability {major}.{minor}; the kernels need 9.0 or newer"
@@ -104,6 +117,8 @@ pub(crate) enum PlaceError {
         major: u32,
         minor: u32,
     },
+    #[error("ranks that share a GPU must be processes; leave out --spawn threads")]
+    ThreadsOnOneGpu,
     #[error("--cluster describes a simulated cluster; leave out --backend cuda")]
     ClusterOfGpus,
     #[error(transparent)]
@@ -115,13 +130,13 @@ pub(crate) enum PlaceError {
 /// What GPUs there are, if they are enough. Asks the driver alone: a context in this process, which
 /// only starts the ranks, would take half a gigabyte of a GPU.
 #[cfg(feature = "cuda")]
-fn gpus(ranks: usize) -> Result<String, PlaceError> {
+fn gpus(needed: usize) -> Result<String, PlaceError> {
     let driver = CudaDriver::load()?;
-    let gpus = driver.device_count()? as usize;
-    if gpus < ranks {
-        return Err(PlaceError::TooFewGpus { ranks, gpus });
+    let visible = driver.device_count()? as usize;
+    if visible < needed {
+        return Err(PlaceError::TooFewGpus { needed, visible });
     }
-    for gpu in 0..ranks {
+    for gpu in 0..needed {
         let info = driver.device_info(DeviceOrdinal(gpu as u32))?;
         let (major, minor) = info.compute_capability;
         if major < 9 {
@@ -133,11 +148,11 @@ fn gpus(ranks: usize) -> Result<String, PlaceError> {
             });
         }
     }
-    Ok(format!("{gpus} are visible"))
+    Ok(format!("{visible} visible, {needed} used"))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpus(_ranks: usize) -> Result<String, PlaceError> {
+fn gpus(_needed: usize) -> Result<String, PlaceError> {
     Err(PlaceError::NotBuilt)
 }
 
@@ -162,13 +177,44 @@ fn simulated(path: &Path, ranks: usize) -> Result<Place, PlaceError> {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
     use std::{fs, process};
 
     use super::*;
 
+    fn args(backend: Backend, cluster: Option<&Path>) -> PlaceArgs {
+        PlaceArgs {
+            backend,
+            cluster: cluster.map(Path::to_owned),
+            spawn: Spawn::Threads,
+            timeout: NonZeroU64::MIN,
+        }
+    }
+
+    fn choose(
+        backend: Backend,
+        cluster: Option<&Path>,
+        ranks: usize,
+    ) -> Result<(Place, String), PlaceError> {
+        Place::choose(&args(backend, cluster), NonZeroUsize::MIN, ranks)
+    }
+
+    #[test]
+    fn threads_have_a_gpu_each() {
+        let two = NonZeroUsize::new(2).unwrap();
+        let mut args = args(Backend::Cuda, None);
+        assert!(matches!(
+            Place::choose(&args, two, 2),
+            Err(PlaceError::ThreadsOnOneGpu)
+        ));
+        args.backend = Backend::Sim;
+        args.spawn = Spawn::Processes;
+        assert!(Place::choose(&args, two, 2).is_ok());
+    }
+
     #[test]
     fn the_simulator_needs_nothing() {
-        let (place, reason) = Place::choose(Backend::Sim, None, 4).unwrap();
+        let (place, reason) = choose(Backend::Sim, None, 4).unwrap();
         assert!(matches!(place, Place::Sim { cluster: None, .. }));
         assert_eq!(reason, "as asked");
     }
@@ -176,11 +222,11 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn without_the_kernels_auto_says_why_it_simulates_and_cuda_is_an_error() {
-        let (place, reason) = Place::choose(Backend::Auto, None, 4).unwrap();
+        let (place, reason) = choose(Backend::Auto, None, 4).unwrap();
         assert!(matches!(place, Place::Sim { .. }));
         assert!(reason.contains("no CUDA kernels"), "{reason}");
         assert!(matches!(
-            Place::choose(Backend::Cuda, None, 4),
+            choose(Backend::Cuda, None, 4),
             Err(PlaceError::NotBuilt)
         ));
     }
@@ -191,7 +237,7 @@ mod tests {
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("cluster.toml");
         fs::write(&path, "[[node]]\nname = \"n0\"\ngpus = 2\n").unwrap();
-        let (place, _) = Place::choose(Backend::Auto, Some(&path), 2).unwrap();
+        let (place, _) = choose(Backend::Auto, Some(&path), 2).unwrap();
         assert!(matches!(
             place,
             Place::Sim {
@@ -200,15 +246,15 @@ mod tests {
             }
         ));
         assert!(matches!(
-            Place::choose(Backend::Sim, Some(&path), 3),
+            choose(Backend::Sim, Some(&path), 3),
             Err(PlaceError::TooSmall { ranks: 3, gpus: 2 })
         ));
         assert!(matches!(
-            Place::choose(Backend::Cuda, Some(&path), 2),
+            choose(Backend::Cuda, Some(&path), 2),
             Err(PlaceError::ClusterOfGpus)
         ));
         fs::write(&path, "[[nod]]").unwrap();
-        let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
+        let error = choose(Backend::Sim, Some(&path), 2).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -217,7 +263,7 @@ mod tests {
             "{error:?}"
         );
         fs::remove_dir_all(&folder).unwrap();
-        let error = Place::choose(Backend::Sim, Some(&path), 2).unwrap_err();
+        let error = choose(Backend::Sim, Some(&path), 2).unwrap_err();
         assert!(matches!(error, PlaceError::ClusterFile { .. }), "{error:?}");
     }
 }

@@ -1,5 +1,6 @@
 //! The command line of `ep run`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use crate::layer::npy::{self, NpyError};
@@ -47,6 +48,10 @@ pub(crate) struct Args {
     /// End with one line of JSON on standard output
     #[arg(long)]
     pub(crate) json: bool,
+    /// Processes that share a GPU, to check groups that are larger than the host: they take turns on
+    /// it, and times say nothing
+    #[arg(long, default_value = "1", value_name = "RANKS")]
+    pub(crate) ranks_per_gpu: NonZeroUsize,
     #[command(flatten)]
     pub(crate) place: PlaceArgs,
 }
