@@ -1,5 +1,6 @@
 // A barrier of all ranks on the device: lines ranks up, for timing and for tests.
 
+#include "arch/shared.cuh"
 #include "group.cuh"
 #include "launch.cuh"
 #include "line.cuh"
@@ -10,7 +11,7 @@ namespace {
 constexpr uint32_t kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ ep_barrier_args args) {
-  __shared__ uint64_t shared_epoch;
+  EP_SHARED(uint64_t, shared_epoch);
   const ep_group& g = args.group;
   const Control control(g);
   if (threadIdx.x == 0) {

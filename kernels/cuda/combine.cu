@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "arch/predicated.cuh"
+#include "arch/shared.cuh"
 #include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
@@ -590,11 +591,11 @@ __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, ui
 template <uint32_t H, class W>
 __global__ void __launch_bounds__(32 * W::kWarps, 1)
     combine(const __grid_constant__ ep_combine_args args, const __grid_constant__ Plan plan) {
-  extern __shared__ uint64_t partners[];  // [R], then source_rows u32 [R]
-  __shared__ uint64_t send_epoch;
-  __shared__ uint64_t recv_epoch;
+  EP_DYNAMIC_SHARED(uint64_t, partners);  // [R], then source_rows u32 [R]
+  EP_SHARED(uint64_t, send_epoch);
+  EP_SHARED(uint64_t, recv_epoch);
   constexpr uint32_t kWarps = W::kWarps;
-  __shared__ uint32_t looks[kWarps];
+  EP_SHARED(uint32_t[kWarps], looks);
   const Problem<H, W> p(args, plan);
   const ep_group& g = args.group;
   const Control control(g);

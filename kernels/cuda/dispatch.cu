@@ -26,6 +26,7 @@
 #include "arch/fp8.cuh"
 #include "arch/mbarrier.cuh"
 #include "arch/predicated.cuh"
+#include "arch/shared.cuh"
 #include "divisor.cuh"
 #include "group.cuh"
 #include "launch.cuh"
@@ -125,10 +126,9 @@ struct Shared {
   }
 };
 
-extern __shared__ __align__(16) uint8_t shared_memory[];
-
 template <class T>
 __device__ __forceinline__ T* shared_at(uint32_t offset) {
+  EP_DYNAMIC_SHARED(uint8_t, shared_memory);
   return reinterpret_cast<T*>(shared_memory + offset);
 }
 

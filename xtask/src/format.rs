@@ -42,7 +42,13 @@ fn cuda(repo: &Repo, check: bool) -> Result<()> {
     let clang_format = fetched.join("clang_format/data/bin/clang-format");
 
     let files = cmd!(sh, "git ls-files --cached --others --exclude-standard")
-        .args(["--", "kernels/*.cu", "kernels/*.cuh", "kernels/*.h"])
+        .args([
+            "--",
+            "kernels/*.cu",
+            "kernels/*.cuh",
+            "kernels/*.cc",
+            "kernels/*.h",
+        ])
         .quiet()
         .read()?;
     let mut unformatted = Vec::new();

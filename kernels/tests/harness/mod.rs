@@ -1,4 +1,5 @@
-//! A group of ranks in this process: their memory, and calls of the host kernels on it.
+//! A group of ranks in this process: their memory, and calls of the kernels that the test
+//! binary names (`crate::kernels`) on it.
 
 #![allow(
     unsafe_code,
@@ -12,7 +13,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use ep_kernels::{HostKernels, Kernels, LaunchError, Layout, Shape, ffi};
+use ep_kernels::{Kernels, LaunchError, Layout, Shape, ffi};
 
 use crate::common::{BadEntry, Case, DispatchOutput, Input, Precision, Weights};
 
@@ -489,15 +490,15 @@ pub(crate) fn bad_entries(faults: &[Fault], rank: usize, epoch: u64) -> Vec<BadE
 
 pub(crate) fn dispatch(args: &ffi::ep_dispatch_args) -> Result<(), LaunchError> {
     // SAFETY: the addresses are those of memory in the tests' worlds, which outlive the call.
-    unsafe { HostKernels::default().dispatch(args, 0) }
+    unsafe { crate::kernels().dispatch(args, 0) }
 }
 
 pub(crate) fn combine(args: &ffi::ep_combine_args) -> Result<(), LaunchError> {
     // SAFETY: the addresses are those of memory in the tests' worlds, which outlive the call.
-    unsafe { HostKernels::default().combine(args, 0) }
+    unsafe { crate::kernels().combine(args, 0) }
 }
 
 pub(crate) fn barrier(args: &ffi::ep_barrier_args) -> Result<(), LaunchError> {
     // SAFETY: the addresses are those of memory in the tests' worlds, which outlive the call.
-    unsafe { HostKernels::default().barrier(args, 0) }
+    unsafe { crate::kernels().barrier(args, 0) }
 }

@@ -6,12 +6,13 @@ use super::Problem;
 
 /// Every edge between the workspace's own packages that is allowed; what is built on an edge is
 /// allowed to use it in its tests too.
-const EDGES: [(&str, &[&str]); 9] = [
+const EDGES: [(&str, &[&str]); 10] = [
     ("ep-sys", &[]),
     ("ep-sim", &["ep-sys"]),
     ("ep-alloc", &["ep-sys"]),
     ("ep-peers", &["ep-sys"]),
     ("ep-kernels", &[]),
+    ("ep-emulation", &["ep-kernels"]),
     ("ep", &["ep-alloc", "ep-kernels", "ep-peers", "ep-sys"]),
     ("ep-cli", &["ep", "ep-sim"]),
     ("ep-benches", &["ep"]),
@@ -24,7 +25,7 @@ const SIMULATOR: &str = "ep-sim";
 /// Outside packages that only some may name: the doors to the GPU, and tools of the build.
 const RESTRICTED: [(&str, &[&str]); 4] = [
     ("bindgen", &["xtask"]),
-    ("cc", &["ep-kernels"]),
+    ("cc", &["ep-kernels", "ep-emulation"]),
     ("cudarc", &["ep-sys", "ep-cli", "ep"]),
     ("libloading", &["ep-sys"]),
 ];
