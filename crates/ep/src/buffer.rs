@@ -91,6 +91,10 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// graph was captured with must live as long as the graph. A borrowed [`Stream`] must live until the
 /// buffer is closed or used with another; an [`Event`](crate::Event) may be dropped at any time.
 ///
+/// Blocks of an operation wait for each other and for other ranks', so all of them must be able to
+/// run at once. Operations of several buffers that run side by side on a GPU therefore share its
+/// multiprocessors by [`num_sms`](BufferBuilder::num_sms), or are ordered alike on every rank.
+///
 /// # When a rank does not come
 /// Waits of an operation end after the [time-out](BufferBuilder::timeout). The operation then goes
 /// on without that rank and [reports](Self::faults) it; the buffer stays usable with the others.
@@ -238,7 +242,8 @@ impl Buffer {
     /// Operations begin to count from 1, every rank's memory is as at first, and results that were
     /// alive are lost: their handles are refused from now on. Ranks that are not members take no
     /// part; tokens for their experts are skipped and reported. The memory stays where it is, and so
-    /// does the table of peers, so captured CUDA graphs stay valid.
+    /// does the table of peers, so captured CUDA graphs stay valid. It waits for the stream that the
+    /// buffer was last used with; replays, and operations on other streams, must have ended before.
     ///
     /// # Errors
     /// Members that do not fit the communicator or this rank are refused, and nothing has changed.
@@ -338,12 +343,6 @@ impl Buffer {
     }
 
     fn status_of_epoch(&self, operation: Operation, epoch: u64) -> Result<Status, Error> {
-        let mut faults = self.faults()?;
-        faults.retain(|fault| fault.operation == operation && fault.epoch == epoch);
-        Ok(Status {
-            operation,
-            epoch,
-            faults,
-        })
+        Ok(Status::of(operation, epoch, self.faults()?))
     }
 }

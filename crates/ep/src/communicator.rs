@@ -124,6 +124,10 @@ impl Communicator {
     /// Gives every rank's record to every rank, by rank; all of one size, at most 1 MiB. For what
     /// the caller's ranks have to agree on, such as timings.
     ///
+    /// A rank that does not arrive within the deadline breaks the group for good: every later step
+    /// fails with that same error, also those of a [`Buffer`](crate::Buffer) on it, which can then
+    /// not be closed in order. So this is not for seeing who is alive.
+    ///
     /// ```
     /// use std::time::{Duration, Instant};
     /// # let alone = ep::Communicator::threads(1).remove(0);
@@ -132,10 +136,11 @@ impl Communicator {
     /// # Ok::<(), ep::Error>(())
     /// ```
     pub fn all_gather(&self, record: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>, Error> {
-        self.gather(Step::new("caller's"), record, due_in(deadline))
+        self.gather(Step::new("all_gather"), record, due_in(deadline))
     }
 
-    /// Returns when every rank has arrived.
+    /// Returns when every rank has arrived. One that does not breaks the group, as in
+    /// [`all_gather`](Self::all_gather).
     pub fn barrier(&self, deadline: Duration) -> Result<(), Error> {
         self.all_gather(&[], deadline).map(drop)
     }

@@ -95,7 +95,7 @@ pub enum Error {
     },
     /// Another rank failed in setting up, and told the group.
     #[error(
-        "rank {peer} failed in {step}{}; see that rank's own error",
+        "rank {rank}: rank {peer} failed in {step}{}; see that rank's own error",
         Because(*failure)
     )]
     Peer {

@@ -204,12 +204,34 @@ pub struct Status {
     pub epoch: u64,
     /// What it reported, oldest first.
     pub faults: Vec<Fault>,
+    /// Whether later reports, of which the newest 64 are kept, have overwritten some that may have
+    /// been this operation's.
+    pub is_overwritten: bool,
 }
 
 impl Status {
-    /// Whether it reported nothing.
+    /// What these, all that are kept, say of an operation.
+    pub(crate) fn of(operation: Operation, epoch: u64, mut faults: Vec<Fault>) -> Self {
+        // Whatever came before the oldest that is kept is older than it. By its number a dispatch
+        // is over before the combine of the same number begins.
+        let is_before = |fault: &Fault| match (fault.operation, operation) {
+            (Operation::Dispatch, Operation::Combine) => fault.epoch <= epoch,
+            (one, other) => one == other && fault.epoch < epoch,
+        };
+        let oldest = faults.first();
+        let is_overwritten = oldest.is_some_and(|fault| fault.sequence > 1 && !is_before(fault));
+        faults.retain(|fault| fault.operation == operation && fault.epoch == epoch);
+        Self {
+            operation,
+            epoch,
+            faults,
+            is_overwritten,
+        }
+    }
+
+    /// Whether it reported nothing. Not so if it is not known any more.
     pub fn is_ok(&self) -> bool {
-        self.faults.is_empty()
+        self.faults.is_empty() && !self.is_overwritten
     }
 }
 
@@ -310,6 +332,34 @@ impl Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_says_whether_reports_were_overwritten() {
+        let at = |sequence, operation, epoch| Fault {
+            sequence,
+            operation,
+            epoch,
+            kind: FaultKind::ExpertRepeated { token: 0, id: 1 },
+            phase: Phase::Send,
+            rank: 0,
+        };
+        let (dispatch, combine) = (Operation::Dispatch, Operation::Combine);
+        let status = |operation, epoch, kept: &[Fault]| Status::of(operation, epoch, kept.to_vec());
+        assert!(status(dispatch, 1, &[]).is_ok());
+        assert!(status(dispatch, 1, &[at(1, dispatch, 2)]).is_ok());
+
+        // The third dispatch has overwritten some of the second's or the first's.
+        let kept = [at(7, dispatch, 2), at(8, dispatch, 3)];
+        let first = status(dispatch, 1, &kept);
+        assert!(first.is_overwritten && first.faults.is_empty() && !first.is_ok());
+        let second = status(dispatch, 2, &kept);
+        assert!(second.is_overwritten && second.faults == kept[..1]);
+        let third = status(dispatch, 3, &kept);
+        assert!(!third.is_overwritten && third.faults == kept[1..]);
+        assert!(status(dispatch, 4, &kept).is_ok());
+        assert!(status(combine, 2, &kept).is_ok());
+        assert!(!status(combine, 1, &kept).is_ok());
+    }
 
     #[test]
     fn records_read_as_operators_do() {
