@@ -3,8 +3,8 @@
 //
 // Every warp first sends, walking the rows that were received, then receives, walking the tokens
 // that were sent: what others wait for comes first, and nobody polls while there is something to
-// send. If the weights are given only here, they are pushed to the owners before anything else. No
-// block waits for another block.
+// send. If the weights are given only here, they are pushed to the owners before anything else.
+// Blocks wait for each other as for other ranks: for what they send.
 
 #include <cuda_bf16.h>
 

@@ -1,7 +1,8 @@
 // Dispatch: every token once to each rank that owns one of its experts, spread there over the
 // experts.
 //
-// Warps of a block have one task each and wait for no other block:
+// Warps of a block have one task each; what other blocks of this rank send is waited for like what
+// other ranks send:
 //   senders   quantise, and store whole lines to the peers;
 //   a router  gives each token its slots, so that the same input gives the same bits: a slot is a
 //             prefix sum in token order;

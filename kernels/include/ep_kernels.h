@@ -70,7 +70,7 @@ extern "C" {
 #define EP_PHASE_PARTIALS 5u
 #define EP_PHASE_BARRIER 6u
 
-/* One record of the fault ring, in page-locked host memory. Written once per (operation, peer) or
+/* One record of the fault ring, in page-locked host memory. Written once per (part, peer) or
  * per bad entry; `sequence` is stored last, is 1-based, and is never 0 in a written record. */
 typedef struct ep_fault {
   uint64_t sequence;
@@ -203,7 +203,8 @@ typedef struct ep_dispatch_args {
  *                 none
  *   out           bf16 [T, H]: sum over ranks, ascending, of bf16(sum over that rank's entries in
  *                 top-k order of weight * y, in float32), in float32, rounded once to bf16. A token
- *                 without experts gives zeros. A rank given up contributes nothing.
+ *                 without experts gives zeros. A rank given up contributes nothing;
+ *                 one that is given up while it sends may be missing from a part of a row only.
  */
 typedef struct ep_combine_args {
   uint32_t struct_size;
