@@ -14,7 +14,6 @@
 #include <cstdlib>
 #include <list>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -30,7 +29,7 @@ constexpr unsigned kBarriers = 16;
 // What shared memory holds when a block begins: not zero.
 constexpr uint64_t kUnwritten = 0xa5a5a5a5a5a5a5a5;
 
-std::atomic<unsigned> g_multiprocessors{3};
+std::atomic<unsigned> g_multiprocessors{1};
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulated kernel, block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);

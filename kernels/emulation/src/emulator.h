@@ -3,8 +3,8 @@
 //
 // A warp's turn takes each of its lanes from where it stopped to where it stops next: a collective
 // of the warp, a barrier, a poll. What lanes do in one turn nobody else sees the half of, which is
-// what a store of eight lanes to one line is taken for. Warps take turns in an order that is drawn
-// from a seed, and now and then a block is left out for a long time.
+// what a store of eight lanes to one line is taken for. Warps take turns in an order that is drawn,
+// and now and then a block is left out for a long time.
 //
 // Memory is as all see it at once: what the kernels' orders and scopes are for is not tested here.
 #pragma once

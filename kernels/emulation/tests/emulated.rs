@@ -7,6 +7,10 @@ mod contract;
 #[path = "../../tests/harness/mod.rs"]
 mod harness;
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use common::{Case, Precision};
+use contract::{Order, Run, plain};
 use ep_emulation::EmulatedKernels;
 
 // A case takes a few hundred times as long as with the host kernels.
@@ -14,8 +18,35 @@ const CASES: u32 = 32;
 const MOST_RANKS: usize = 4;
 const MOST_TOKENS: usize = 20;
 
-/// Two multiprocessors divide the work among blocks. The cases are small; where tokens are few for
-/// the blocks there are, others run.
+/// Few, because every lane of each takes its turns.
+static MULTIPROCESSORS: AtomicU32 = AtomicU32::new(2);
+
 fn kernels() -> EmulatedKernels {
-    EmulatedKernels::on(2)
+    EmulatedKernels::on(MULTIPROCESSORS.load(Ordering::Relaxed))
+}
+
+/// Other kernels than those for many tokens: blocks share a token, some only send, others only place.
+#[test]
+fn few_tokens_for_the_blocks_that_there_are() {
+    MULTIPROCESSORS.store(8, Ordering::Relaxed);
+    for (hidden, precision) in [
+        (7168, Precision::Fp8),
+        (3584, Precision::Bf16),
+        (256, Precision::Fp8Ue8m0),
+    ] {
+        for order in [Order::Fused, Order::Overlapped] {
+            let case = Case {
+                hidden,
+                precision,
+                tokens: vec![3, 0, 1],
+                ..plain()
+            };
+            let run = Run {
+                case,
+                operations: 4,
+                order,
+            };
+            run.check().unwrap();
+        }
+    }
 }
