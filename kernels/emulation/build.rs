@@ -42,8 +42,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             "-Wno-unused-parameter",
         ])
         .file(package.join("src/emulator.cc"));
+    // Names of its own: the kernels for GPUs may be linked, too.
+    build.define("ep", "ep_emulated");
     for kernel in KERNELS {
-        // The launchers' names are free for those of the GPU.
         let name = format!("ep_{kernel}_launch");
         build.define(&name, format!("ep_emulated_{kernel}_launch").as_str());
         build.file(copies.join(format!("{kernel}.cu")));
