@@ -36,11 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "-ffp-contract=off",
             "-U_FORTIFY_SOURCE",
         ])
-        .flags([
-            "-Wno-attributes",
-            "-Wno-unknown-pragmas",
-            "-Wno-unused-parameter",
-        ])
+        .flags(["-Wno-unknown-pragmas", "-Wno-unused-parameter"])
         .file(package.join("src/emulator.cc"));
     // Names of its own: the kernels for GPUs may be linked, too.
     build.define("ep", "ep_emulated");

@@ -73,6 +73,7 @@ inline float __shfl_sync(unsigned, float v, uint32_t from, int line = __builtin_
 }
 
 // The runtime: one device that is always there.
+constexpr size_t kMostSharedBytes = 227 * 1024;  // of a block, as on an H200
 using CUcontext = void*;
 using CUresult = int;
 constexpr CUresult CUDA_SUCCESS = 0;
@@ -81,6 +82,7 @@ using PFN_cuCtxSetCurrent_v4000 = CUresult (*)(CUcontext);
 
 enum cudaError_t {
   cudaSuccess,
+  cudaErrorInvalidValue,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorSymbolNotFound = 500,
 };
@@ -121,7 +123,7 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, u
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? static_cast<int>(emu::multiprocessors())
-                                                       : 227 * 1024;
+                                                       : static_cast<int>(kMostSharedBytes);
   return cudaSuccess;
 }
 template <class Kernel>
@@ -136,6 +138,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Args&... args) {
+  if (config->dynamicSmemBytes > kMostSharedBytes) return cudaErrorInvalidValue;
   emu::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
            [&] { kernel(args...); });
   return cudaSuccess;

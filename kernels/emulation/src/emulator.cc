@@ -78,7 +78,6 @@ struct Barrier {
 struct Grid;
 
 struct Block {
-  uint64_t device_ns = 1;
   Grid* grid = nullptr;
   unsigned index = 0;
   std::vector<Warp> warps;
@@ -95,8 +94,8 @@ struct Grid {
   const std::function<void()>* body = nullptr;
   std::vector<Block> blocks;
   uint8_t* stacks = nullptr;
-  size_t stack_bytes = 0;
   unsigned ended = 0;  // blocks
+  unsigned still = 0;  // rounds in a row in which no lane could go on
   bool done = false;
 };
 
@@ -161,14 +160,14 @@ bool runnable(const Lane& lane) {
          (lane.state == State::kMbarrier && mbarrier_test(lane.object, lane.parity));
 }
 
-// One turn of a warp.
-void turn(Block& of, unsigned index) {
+// One turn of a warp. Whether a lane could go on.
+bool turn(Block& of, unsigned index) {
   Warp& w = of.warps[index];
-  if (w.idle + w.ended == kWarp) return;
+  if (w.idle + w.ended == kWarp) return false;
   // Those that another lane wakes meanwhile run together in the next turn.
   uint32_t lanes = 0;
   for (unsigned i = 0; i < kWarp; ++i) lanes |= uint32_t{runnable(w.lanes[i])} << i;
-  if (lanes == 0) return;
+  if (lanes == 0) return false;
   enter(of);
   warp = &w;
   for (; lanes != 0; lanes &= lanes - 1) {
@@ -179,6 +178,7 @@ void turn(Block& of, unsigned index) {
   }
   if (w.ended != 0 && w.ended != kWarp && w.arrived != 0 && w.ended + w.arrived == kWarp)
     fail("lanes have left the kernel for which others of their warp wait");
+  return true;
 }
 
 uint64_t host_ns() {
@@ -189,6 +189,9 @@ uint64_t host_ns() {
 
 // A round of turns of all warps, from a drawn one on.
 void round(Grid& g, Random& random) {
+  // Far longer than blocks are left out: who waits at a barrier then waits for ever.
+  constexpr unsigned kStill = 100000;
+  if (++g.still == kStill) fail("every lane of a grid waits for another");
   const size_t first = random.below(g.blocks.size());
   for (size_t n = 0; n < g.blocks.size(); ++n) {
     Block& b = g.blocks[(first + n) % g.blocks.size()];
@@ -202,7 +205,7 @@ void round(Grid& g, Random& random) {
     if (random.below(256) == 0) b.left_out = random.below(uint64_t{1} << random.below(11));
     const auto offset = static_cast<unsigned>(random.below(warps));
     for (unsigned w = 0; w < warps; ++w) {
-      if (random.below(4) != 0) turn(b, (offset + w) % warps);
+      if (random.below(4) != 0 && turn(b, (offset + w) % warps)) g.still = 0;
     }
     if (b.ended == warps) ++g.ended;
   }
@@ -252,8 +255,8 @@ void run(unsigned blocks, unsigned threads, size_t shared, const std::function<v
     const auto address = reinterpret_cast<uintptr_t>(b.dynamic.data());
     b.dynamic_begin = reinterpret_cast<uint8_t*>((address + 15) & ~uintptr_t{15});
   }
-  g.stack_bytes = size_t{blocks} * threads * kStackBytes;
-  void* stacks = mmap(nullptr, g.stack_bytes, PROT_READ | PROT_WRITE,
+  const size_t stack_bytes = size_t{blocks} * threads * kStackBytes;
+  void* stacks = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) fail("no memory for the lanes' stacks");
   g.stacks = static_cast<uint8_t*>(stacks);
@@ -267,7 +270,7 @@ void run(unsigned blocks, unsigned threads, size_t shared, const std::function<v
     d.wake.notify_one();
     d.done.wait(lock, [&] { return g.done; });
   }
-  munmap(stacks, g.stack_bytes);
+  munmap(stacks, stack_bytes);
 }
 
 uint8_t* dynamic_shared() { return block->dynamic_begin; }

@@ -43,10 +43,19 @@ impl EmulatedKernels {
     }
 }
 
-fn outcome(kernel: Kernel, status: i32) -> Result<(), LaunchError> {
-    match status {
+type Launcher<A> = unsafe extern "C" fn(*const A, *mut c_void, *mut i32) -> i32;
+
+/// Calls a launcher and names its status.
+///
+/// # Safety
+/// The addresses in `args` must be valid; the kernel has ended on return.
+unsafe fn launch<A>(kernel: Kernel, launcher: Launcher<A>, args: &A) -> Result<(), LaunchError> {
+    let mut error = 0;
+    // SAFETY: the launcher reads `args` and writes `error`; the caller vouches for the addresses.
+    match unsafe { launcher(args, ptr::null_mut(), &mut error) } {
         ffi::EP_LAUNCH_OK => Ok(()),
-        _ => Err(LaunchError::BadArgs { kernel }),
+        ffi::EP_LAUNCH_BAD_ARGS => Err(LaunchError::BadArgs { kernel }),
+        _ => Err(LaunchError::Cuda { kernel, error }),
     }
 }
 
@@ -56,21 +65,18 @@ impl Kernels for EmulatedKernels {
     }
 
     unsafe fn dispatch(&self, args: &ffi::ep_dispatch_args, _: u64) -> Result<(), LaunchError> {
-        // SAFETY: the caller vouches for the addresses; the kernel has ended on return.
-        let status = unsafe { ep_emulated_dispatch_launch(args, ptr::null_mut(), ptr::null_mut()) };
-        outcome(Kernel::Dispatch, status)
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { launch(Kernel::Dispatch, ep_emulated_dispatch_launch, args) }
     }
 
     unsafe fn combine(&self, args: &ffi::ep_combine_args, _: u64) -> Result<(), LaunchError> {
-        // SAFETY: the caller vouches for the addresses; the kernel has ended on return.
-        let status = unsafe { ep_emulated_combine_launch(args, ptr::null_mut(), ptr::null_mut()) };
-        outcome(Kernel::Combine, status)
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { launch(Kernel::Combine, ep_emulated_combine_launch, args) }
     }
 
     unsafe fn barrier(&self, args: &ffi::ep_barrier_args, _: u64) -> Result<(), LaunchError> {
-        // SAFETY: the caller vouches for the addresses; the kernel has ended on return.
-        let status = unsafe { ep_emulated_barrier_launch(args, ptr::null_mut(), ptr::null_mut()) };
-        outcome(Kernel::Barrier, status)
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { launch(Kernel::Barrier, ep_emulated_barrier_launch, args) }
     }
 
     unsafe fn empty(&self, _: &ffi::ep_empty_args, _: u64) -> Result<(), LaunchError> {

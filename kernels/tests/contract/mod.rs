@@ -416,7 +416,7 @@ fn a_silent_rank_is_given_up_in_time_and_can_be_masked() {
         let start = Instant::now();
         check(&world, OPERATIONS, Order::Fused, &links).unwrap();
         // A dispatch and a combine each, which are late by what the checks take.
-        assert!(start.elapsed() < 60 * timeout);
+        assert!(start.elapsed() < 2 * OPERATIONS as u32 * timeout + 10 * timeout);
         for rank in [0, 1] {
             let mut expected = Vec::new();
             for (n, epoch) in (0..OPERATIONS).zip(1..) {
