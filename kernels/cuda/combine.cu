@@ -170,15 +170,13 @@ __device__ __forceinline__ void push_weights(const P& p, uint32_t token, const u
       }
     }
     const uint64_t partner = partners[to >> 16];
+    uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]),
+               __float_as_uint(piece[3])};
+    if (lane.last()) v = seal({v.x, v.y}, epoch);
+    const uint64_t base = p.weights_at(partner, g.rank, to & 0xffff);
+    uint8_t* at = reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16;
     __syncwarp();  // the lanes of a line store together
-    if (partner != 0 && lane.line < p.a.layout.weight_lines) {
-      uint4 v = {__float_as_uint(piece[0]), __float_as_uint(piece[1]), __float_as_uint(piece[2]),
-                 __float_as_uint(piece[3])};
-      if (lane.last()) v = seal({v.x, v.y}, epoch);
-      const uint64_t base = p.weights_at(partner, g.rank, to & 0xffff);
-      arch::st_relaxed_sys_v4(
-          reinterpret_cast<uint8_t*>(base) + lane.line * kLine + lane.piece * 16, v);
-    }
+    arch::st_relaxed_sys_v4_if(partner != 0 && lane.line < p.a.layout.weight_lines, at, v);
   }
 }
 
@@ -249,6 +247,10 @@ __device__ __forceinline__ bool take_weights(const P& p, uint64_t epoch, uint32_
     if (__all_sync(~0u,
                    !lane.last() || lane.line >= p.a.layout.weight_lines || sealed(given, epoch)))
       break;
+    if (__any_sync(~0u, lane.last() && has_passed(given, epoch))) [[unlikely]] {
+      if (thread == 0) report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
+      return false;
+    }
     const uint32_t looked = *looks;
     if (looked == kTimeIsOver && thread == 0)
       report_timeout(g, kCombineSend, epoch, EP_PHASE_WEIGHTS, source);
@@ -281,14 +283,18 @@ __device__ __forceinline__ void store_unit(const P& p, uint64_t epoch, uint64_t 
   const bool upper = line % 2 != 0;
   uint8_t* to = reinterpret_cast<uint8_t*>(partner) +
                 uint64_t{p.partial_at(p.a.group.rank, slot) + line} * kLine + lane.piece * 16;
-  __syncwarp();  // the lanes of a line store together
+  uint4 piece[P::kPieces];
 #pragma unroll
   for (uint32_t i = 0; i < P::kPieces; ++i) {
-    uint4 v = pack(sum[i]);
-    if (lane.last()) v = seal(upper ? uint2{v.z, v.w} : uint2{v.x, v.y}, epoch);
-    if (P::kWholeUnits || line + i * kLinesPerWarp < lines)
-      arch::st_relaxed_sys_v4(to + i * kLinesPerWarp * kLine, v);
+    piece[i] = pack(sum[i]);
+    const uint2 half = upper ? uint2{piece[i].z, piece[i].w} : uint2{piece[i].x, piece[i].y};
+    if (lane.last()) piece[i] = seal(half, epoch);
   }
+  __syncwarp();  // the lanes of a line store together
+#pragma unroll
+  for (uint32_t i = 0; i < P::kPieces; ++i)
+    arch::st_relaxed_sys_v4_if(P::kWholeUnits || line + i * kLinesPerWarp < lines,
+                               to + i * kLinesPerWarp * kLine, piece[i]);
 }
 
 // What a lane loads of a unit of a row of y, as addresses in row 0. All lanes load 16 bytes: for a
@@ -456,28 +462,40 @@ __device__ __forceinline__ uint32_t add_partials(const P& p, uint64_t epoch,
     for (uint32_t i = 0; i < P::kPieces; ++i) here &= !has(i) || sealed(piece[n][i], epoch);
     return __all_sync(~0u, here || !lane.last());
   };
+  auto will_not_come = [&](uint32_t n) {
+    bool passed = false;
+#pragma unroll
+    for (uint32_t i = 0; i < P::kPieces; ++i) passed |= has_passed(piece[n][i], epoch);
+    return __any_sync(~0u, passed && lane.last());
+  };
   uint32_t missing = 0;
 #pragma unroll
   for (uint32_t n = 0; n < N; ++n) load(n);
 #pragma unroll
   for (uint32_t n = 0; n < N; ++n) missing |= is_here(n) ? 0 : 1u << n;
+  uint32_t late = missing;
   Patience patience;
 #pragma unroll 1
-  while (missing != 0) {
+  while (late != 0) {
 #pragma unroll
     for (uint32_t n = 0; n < N; ++n)
-      if ((missing >> n & 1) != 0) load(n);
+      if ((late >> n & 1) != 0) load(n);
 #pragma unroll
-    for (uint32_t n = 0; n < N; ++n)
-      if ((missing >> n & 1) != 0 && is_here(n)) missing &= ~(1u << n);
-    if (missing != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]] {
-#pragma unroll
-      for (uint32_t n = 0; n < N; ++n)
-#pragma unroll
-        for (uint32_t i = 0; i < P::kPieces; ++i)
-          if ((missing >> n & 1) != 0) piece[n][i] = {kNothing, kNothing, kNothing, kNothing};
-      break;
+    for (uint32_t n = 0; n < N; ++n) {
+      if ((late >> n & 1) == 0) continue;
+      const bool here = is_here(n);
+      if (here) missing &= ~(1u << n);
+      if (here || will_not_come(n)) late &= ~(1u << n);
     }
+    if (late != 0 && __any_sync(~0u, patience.expired(g, kCombineRecv, epoch))) [[unlikely]]
+      break;
+  }
+  if (missing != 0) [[unlikely]] {
+#pragma unroll
+    for (uint32_t n = 0; n < N; ++n)
+#pragma unroll
+      for (uint32_t i = 0; i < P::kPieces; ++i)
+        if ((missing >> n & 1) != 0) piece[n][i] = {kNothing, kNothing, kNothing, kNothing};
   }
 #pragma unroll
   for (uint32_t n = 0; n < N; ++n) {

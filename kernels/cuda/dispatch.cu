@@ -836,20 +836,6 @@ __device__ __forceinline__ void send(const P& p, const Shared& s, const Chunk& c
   }
 }
 
-// One packet of a source's counts when the operation's time is over, or another block's is; 0 if
-// the source is given up.
-template <class P>
-__device__ __forceinline__ uint32_t count_in_doubt(const P& p, uint64_t epoch, uint32_t source,
-                                                   const uint64_t* packets, uint32_t at) {
-  const ep_group& g = p.a.group;
-  const uint32_t n = p.plan.packets_per_source.value;
-  if (!decide_present(g, kDispatchRecv, epoch, source, packets, n)) {
-    report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, source);
-    return 0;
-  }
-  return static_cast<uint32_t>(arch::ld_acquire_sys_u64(packets + at));
-}
-
 // Where a packet of the counts goes: packet 0 of a source tells its rows, the others its tokens for
 // each local expert.
 struct Packet {
@@ -874,7 +860,7 @@ struct Packet {
   }
 };
 
-// `came`: which of a reader's packets from `base` on have come, or were given up. The time waited
+// `came`: which of a reader's packets from `base` on have come, or will not. The time waited
 // for a source is that of its first packet.
 template <class P>
 __device__ __forceinline__ void add_waits(const P& p, uint32_t base, uint32_t came,
@@ -885,6 +871,36 @@ __device__ __forceinline__ void add_waits(const P& p, uint32_t base, uint32_t ca
     const Packet packet(p, base + P::kReaders * (__ffs(came) - 1));
     if (packet.at == 0) wait[packet.source] += static_cast<int64_t>(waited);
   }
+}
+
+// Takes all of a source's counts, or none of them, as all blocks do: when the operation's time is
+// over, here or in another block. What is missing stands in shared memory as kNowhere. All readers.
+template <class P>
+__device__ __forceinline__ void settle_counts(const P& p, const Shared& s, uint64_t epoch) {
+  const ep_group& g = p.a.group;
+  const uint64_t* partners = shared_at<uint64_t>(s.partners);
+  const uint32_t n = p.plan.packets_per_source.value;
+#pragma unroll 1
+  for (uint32_t r = threadIdx.x - 32 * P::kFirstReader; r < g.num_ranks; r += P::kReaders) {
+    if (partners[r] == 0) continue;
+    const uint64_t* packets =
+        reinterpret_cast<const uint64_t*>(p.counts_at(partners[g.rank], r, epoch));
+    bool here = decide_present(g, kDispatchRecv, epoch, r, packets, n);
+#pragma unroll 1
+    for (uint32_t at = 0; here && at < n; ++at) {
+      uint32_t* value = Packet(p, r * n + at).value(p, s);
+      if (*value != kNowhere) continue;
+      const uint64_t packet = arch::ld_acquire_sys_u64(packets + at);
+      // Other blocks have seen it; meanwhile a later dispatch may have overwritten it.
+      here = packet_is(packet, epoch);
+      *value = min(static_cast<uint32_t>(packet), g.max_tokens);
+    }
+    if (here) continue;
+    report_timeout(g, kDispatchRecv, epoch, EP_PHASE_COUNTS, r);
+#pragma unroll 1
+    for (uint32_t at = 0; at < n; ++at) *Packet(p, r * n + at).value(p, s) = 0;
+  }
+  arch::bar_sync(kReadBarrier, P::kReaders);
 }
 
 // The readers' task: where each source's rows begin.
@@ -902,6 +918,8 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   // One block times the sources.
   const bool timed = p.a.wait_ns != 0 && blockIdx.x == p.plan.first_placing;
   const uint64_t began = timed ? arch::globaltimer_ns() : 0;
+  bool over = false;   // the operation's time, here or in another block
+  bool doubt = false;  // whether what has come may be taken at face value
 #pragma unroll 1
   for (uint32_t base = thread; base < packets; base += P::kReaders * kInFlight) {
     uint32_t from[kInFlight];  // offsets of packets
@@ -916,11 +934,10 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
       to[j] = packet.value(p, s);
       if (i < packets && partners[packet.source] != 0) missing |= 1u << j;
     }
-    const uint32_t expected = missing;
     uint32_t value[kInFlight] = {};
+    uint32_t lost = 0;
     Patience patience;
-    bool doubt = false;
-    while (missing != 0 && !doubt) {
+    while (missing != 0) {
       uint64_t seen[kInFlight];
 #pragma unroll
       for (uint32_t j = 0; j < kInFlight; ++j) seen[j] = arch::ld_relaxed_sys_u64(own + from[j]);
@@ -934,28 +951,28 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
           missing &= ~(1u << j);
         }
       }
-      doubt =
-          !is_open(verdict, epoch) || (missing != 0 && patience.expired(g, kDispatchRecv, epoch));
+      over |= !is_open(verdict, epoch);
+      if (missing != 0) {
+#pragma unroll
+        for (uint32_t j = 0; j < kInFlight; ++j)
+          if ((missing >> j & 1) != 0 && packet_has_passed(seen[j], epoch)) lost |= 1u << j;
+        over |= patience.expired(g, kDispatchRecv, epoch);
+        if (over) lost |= missing;
+        missing &= ~lost;
+      }
       if (timed) [[unlikely]]
-        add_waits(p, base, doubt ? before : before & ~missing, arch::globaltimer_ns() - began);
+        add_waits(p, base, before & ~missing, arch::globaltimer_ns() - began);
     }
+    doubt |= over || lost != 0;
     // No source can send more; a wrong value must not lead out of the output.
 #pragma unroll
     for (uint32_t j = 0; j < kInFlight; ++j)
       arch::st_shared_u32_if(base + P::kReaders * j < packets, to[j], min(value[j], g.max_tokens));
-    if (doubt) [[unlikely]] {
-#pragma unroll 1
-      for (uint32_t i = base, j = 0; j < kInFlight; ++j, i += P::kReaders) {
-        if ((expected >> j & 1) == 0) continue;
-        const Packet packet(p, i);
-        const uint64_t* packets =
-            reinterpret_cast<const uint64_t*>(own + packet.offset(p)) - packet.at;
-        *packet.value(p, s) =
-            min(count_in_doubt(p, epoch, packet.source, packets, packet.at), g.max_tokens);
-      }
-    }
+#pragma unroll
+    for (uint32_t j = 0; j < kInFlight; ++j) arch::st_shared_u32_if(lost >> j & 1, to[j], kNowhere);
   }
-  arch::bar_sync(kReadBarrier, P::kReaders);
+  if (arch::bar_or(kReadBarrier, P::kReaders, doubt)) [[unlikely]]
+    settle_counts(p, s, epoch);
 #pragma unroll 1
   for (uint32_t l = thread; l < p.plan.local_experts.value; l += P::kReaders) {
     uint32_t* row = begin + l * (g.num_ranks + 1);
@@ -985,7 +1002,7 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
 
 // What does not depend on rows. The readers of one block write it.
 template <class P>
-__device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
+__device__ __forceinline__ void write_counts(const P& p, const Shared& s, uint64_t epoch) {
   const ep_group& g = p.a.group;
   const uint32_t thread = threadIdx.x - 32 * P::kFirstReader;
   const uint32_t* begin = shared_at<uint32_t>(s.begin);
@@ -1005,8 +1022,13 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s) {
     if (total != nullptr) total[l] += at[g.num_ranks];
   }
 #pragma unroll 1
-  for (uint32_t r = thread; r < g.num_ranks; r += P::kReaders)
+  for (uint32_t r = thread; r < g.num_ranks; r += P::kReaders) {
     recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
+    // With the fence of give_up_sources: whoever stores last has seen the report.
+    arch::fence_sc_gpu();
+    if (arch::ld_relaxed_gpu_u64(Control(g).reported(kDispatchRecv, r)) == epoch) [[unlikely]]
+      recv_rows[r] = 0;
+  }
 }
 
 // What all tasks need of the control block. One warp.
@@ -1148,6 +1170,9 @@ __device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t
       mine &= i * kLinesPerWarp + lane.line >= unit_lines || sealed(data[i], epoch);
     complete = __all_sync(~0u, (mine || !lane.last()) && header.is_whole(header_lines, epoch));
     if (complete) break;
+    bool passed = false;
+#pragma unroll
+    for (uint32_t i = 0; i < P::kLoads; ++i) passed |= lane.last() && has_passed(data[i], epoch);
     bool over = false;
     do {
       if (!certain && __all_sync(~0u, placeable(s))) {
@@ -1155,11 +1180,12 @@ __device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t
         if (slot >= shared_at<uint32_t>(s.source_rows)[source]) return true;
       }
       // Until the readers are done, their patience is what counts.
-      if (certain && __any_sync(~0u, patience.expired(g, kDispatchRecv, epoch))) [[unlikely]] {
+      if (certain && __any_sync(~0u, passed || patience.expired(g, kDispatchRecv, epoch)))
+          [[unlikely]] {
         if (thread == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
         over = true;
       }
-    } while (P::kWatches && !over && arch::ld_relaxed_sys_u64(watched) != epoch);
+    } while (P::kWatches && !over && arch::ld_relaxed_sys_u64(watched) < epoch);
     if (over) break;
     load();
   }
@@ -1176,6 +1202,11 @@ __device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t
     return reinterpret_cast<uint64_t*>(p.a.handle.recv_map) +
            (uint64_t{source} * g.max_tokens + slot) * (1 + g.max_top_k);
   };
+  if (complete && first_line == 0 && header.token() >= g.max_tokens) [[unlikely]] {
+    // No rank sends such a row.
+    if (thread == 0) report_timeout(g, kDispatchRecv, epoch, EP_PHASE_ROWS, source);
+    complete = false;
+  }
   if (!complete) {
     if (first_line == 0 && thread == 0) map()[0] = 0;
     return false;
@@ -1240,7 +1271,8 @@ __device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t
 template <class P>
 __device__ __forceinline__ void give_up_sources(const P& p, uint64_t epoch) {
   const Control control(p.a.group);
-  sleep_grace();  // for write_counts
+  __syncwarp();  // what a lane has reported, all have
+  arch::fence_sc_gpu();
   for (uint32_t r = threadIdx.x % 32; r < p.a.group.num_ranks; r += 32)
     if (arch::ld_relaxed_gpu_u64(control.reported(kDispatchRecv, r)) == epoch)
       reinterpret_cast<uint32_t*>(p.a.handle.recv_rows)[r] = 0;
@@ -1364,7 +1396,7 @@ __global__ void __launch_bounds__(W::kThreads, 1)
     if (places) {
       await(&fixed->known, 0);
       read_counts(p, s, fixed->recv_epoch);
-      if (blockIdx.x == plan.first_placing) write_counts(p, s);
+      if (blockIdx.x == plan.first_placing) write_counts(p, s, fixed->recv_epoch);
     }
   }
   if (places) {

@@ -4,6 +4,7 @@
 #include "arch/memory.cuh"
 #include "arch/sync.cuh"
 #include "ep_kernels.h"
+#include "line.cuh"
 
 namespace ep {
 
@@ -179,9 +180,9 @@ __device__ __forceinline__ void sleep_grace() {
 }
 
 // All blocks must agree on whether a peer's counts came, because they place rows by them. A block
-// whose time is over first closes the peer: from then on no block accepts the counts by itself.
-// After a grace it looks once more whether all `n` packets of the peer are there, and the first to
-// say decides.
+// that misses some first closes the peer: from then on no block accepts the counts by itself. After
+// a grace it looks once more whether all `n` packets of the peer are there, and the first to say
+// decides.
 __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64_t epoch,
                                                uint32_t peer, const uint64_t* packets, uint32_t n) {
   uint64_t* word = Control(g).verdict(p, peer);
@@ -199,8 +200,7 @@ __device__ __forceinline__ bool decide_present(const ep_group& g, Part p, uint64
   bool here = true;
 #pragma unroll 1
   for (uint32_t i = 0; here && i < n; ++i) {
-    const uint64_t packet = arch::ld_acquire_sys_u64(packets + i);
-    here = static_cast<uint32_t>(packet >> 32) == static_cast<uint32_t>(epoch);
+    here = packet_is(arch::ld_acquire_sys_u64(packets + i), epoch);
   }
   const uint64_t mine = epoch << 2 | (here ? kPresent : kGivenUp);
   const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(word, closing, mine);

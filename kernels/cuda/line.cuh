@@ -51,6 +51,11 @@ __device__ __forceinline__ bool sealed(uint4 piece, uint64_t epoch) {
   return piece.z == static_cast<uint32_t>(epoch) && piece.w == static_cast<uint32_t>(epoch >> 32);
 }
 
+// Whether it is of a later epoch: its writer has not waited for this rank.
+__device__ __forceinline__ bool has_passed(uint4 piece, uint64_t epoch) {
+  return (uint64_t{piece.w} << 32 | piece.z) > epoch;
+}
+
 // An 8-byte packet: a value that carries its own epoch.
 __device__ __forceinline__ uint64_t packet(uint32_t value, uint64_t epoch) {
   return static_cast<uint64_t>(static_cast<uint32_t>(epoch)) << 32 | value;
@@ -58,6 +63,10 @@ __device__ __forceinline__ uint64_t packet(uint32_t value, uint64_t epoch) {
 
 __device__ __forceinline__ bool packet_is(uint64_t p, uint64_t epoch) {
   return static_cast<uint32_t>(p >> 32) == static_cast<uint32_t>(epoch);
+}
+
+__device__ __forceinline__ bool packet_has_passed(uint64_t p, uint64_t epoch) {
+  return static_cast<int32_t>(static_cast<uint32_t>(p >> 32) - static_cast<uint32_t>(epoch)) > 0;
 }
 
 }  // namespace ep

@@ -9,35 +9,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Case, Links, Oracle, Precision, Weights};
-use contract::{COMBINE, DISPATCH, Order, check, fused, given_up, plain, sums};
+use contract::{COMBINE, DISPATCH, Order, check, fused, plain, sums};
 use ep_kernels::{HostKernels, Kernel, LaunchError, ffi};
 use harness::{Memory, POISON, Tensors, World};
 
 const CASES: u32 = 128;
 const MOST_RANKS: usize = 8;
 const MOST_TOKENS: usize = 64;
+/// Of what is written at a time, the first word is its epoch.
+const EVERY_LINE_HAS_AN_EPOCH: bool = false;
+
+/// Where the operations begun of a part are counted, in the control block.
+fn counter(ranks: usize, part: u64) -> u64 {
+    (4 * ranks as u64).next_multiple_of(8) + 8 * part
+}
 
 fn kernels() -> HostKernels {
     HostKernels::default()
-}
-
-#[test]
-fn epochs_pass_32_bits() {
-    let case = plain();
-    let world = World::new(&case, 2, 1, Duration::from_secs(60));
-    // As if so many operations had been run.
-    let counts = world.layout.counts..world.layout.weights;
-    for rank in &world.ranks {
-        for packet in counts.clone().step_by(8) {
-            rank.symmetric.set_word(packet, 0xffff_fff0 << 32);
-        }
-        let counters = (4 * case.ranks as u64).next_multiple_of(8);
-        for counter in 0..5 {
-            rank.control.set_word(counters + 8 * counter, 0xffff_fffd);
-        }
-    }
-    check(&world, 5, Order::Split, &Links::all(case.ranks)).unwrap();
-    assert!((0..case.ranks).all(|rank| world.faults(rank).is_empty()));
 }
 
 #[test]
@@ -62,8 +50,8 @@ fn the_wait_for_a_late_source_is_its_own() {
             args.wait_ns = wait_ns.address();
             harness::dispatch(&args).unwrap();
         });
-        // The second counter is that of receive parts, which advances as one begins.
-        let begun = (4 * case.ranks as u64).next_multiple_of(8) + 8;
+        // That of receive parts advances as one begins.
+        let begun = counter(case.ranks, 1);
         while world.ranks[RECEIVER].control.word(begun) == 0 {
             thread::yield_now();
         }
@@ -80,121 +68,6 @@ fn the_wait_for_a_late_source_is_its_own() {
     // Those who were there are not taken for late, though they come after it in order.
     assert!(waited[RECEIVER] < late && waited[2] < late, "{waited:?}");
     assert!(world.faults(RECEIVER).is_empty());
-}
-
-#[test]
-fn rows_that_never_come_have_no_entries() {
-    let case = Case {
-        ranks: 2,
-        tokens: vec![5, 9],
-        ..plain()
-    };
-    let timeout = Duration::from_millis(200);
-    let world = World::new(&case, 1, 1, timeout);
-    let inputs = case.inputs(0);
-    // Rank 1 sends, and then its second row is unwritten, as if it had died in between.
-    let tensors = Tensors::new(&inputs[1]);
-    harness::dispatch(&world.dispatch_args(1, 0, &tensors, ffi::EP_DISPATCH_SEND)).unwrap();
-    let lost = world.row(1, 1, 1);
-    assert_eq!(world.ranks[0].symmetric.word(lost), 1);
-    world.ranks[0].symmetric.set_word(lost, 0);
-
-    let tensors = Tensors::new(&inputs[0]);
-    harness::dispatch(&world.dispatch_args(0, 0, &tensors, DISPATCH)).unwrap();
-    let record = (
-        ffi::EP_FAULT_TIMEOUT,
-        ffi::EP_OP_DISPATCH,
-        ffi::EP_PHASE_ROWS,
-        1,
-        1,
-    );
-    assert_eq!(given_up(&world, 0), vec![record]);
-    let map = world.ranks[0].handles[0][1].values(u64::from_le_bytes);
-    let entries = |slot: usize| map[(case.max_tokens + slot) * (case.top_k + 2)] >> 32;
-    assert_eq!(entries(1), 0);
-    assert!(entries(0) > 0 && entries(2) > 0);
-    // Combine takes none of them.
-    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
-    assert!(rows[0] > 0 && rows[1] == 0, "{rows:?}");
-    assert!(world.intact());
-}
-
-#[test]
-fn a_rank_that_was_given_up_does_not_wait_in_vain() {
-    let case = Case {
-        ranks: 2,
-        tokens: vec![5, 9],
-        ..plain()
-    };
-    let mut world = World::new(&case, 1, 1, Duration::from_millis(20));
-    let inputs: Vec<_> = (0..3).map(|n| case.inputs(n)).collect();
-    let dispatch = |world: &World, rank: usize, n: usize| {
-        world.ranks[rank].outputs[0].poison();
-        let tensors = Tensors::new(&inputs[n][rank]);
-        harness::dispatch(&world.dispatch_args(rank, 0, &tensors, DISPATCH)).unwrap();
-    };
-    (0..3).for_each(|n| dispatch(&world, 0, n));
-    assert_eq!(given_up(&world, 0).len(), 3);
-
-    // The first dispatch's buffers are overwritten by the third; the others are still there.
-    world.timeout = Duration::from_secs(600);
-    let start = Instant::now();
-    (0..3).for_each(|n| dispatch(&world, 1, n));
-    assert!(start.elapsed() < Duration::from_secs(60));
-    let record = (
-        ffi::EP_FAULT_TIMEOUT,
-        ffi::EP_OP_DISPATCH,
-        ffi::EP_PHASE_COUNTS,
-        0,
-        1,
-    );
-    assert_eq!(given_up(&world, 1), vec![record]);
-    let last = Oracle::new(&case, 2, &inputs[2], Links::all(2));
-    world
-        .with_output(1, 0, |output| last.check_dispatch(1, output, POISON))
-        .unwrap();
-}
-
-#[test]
-fn a_partial_of_a_later_combine_is_not_waited_for() {
-    let case = Case {
-        ranks: 2,
-        tokens: vec![5, 9],
-        ..plain()
-    };
-    let world = World::new(&case, 1, 1, Duration::from_secs(600));
-    let inputs = case.inputs(0);
-    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
-    for part in [ffi::EP_DISPATCH_SEND, ffi::EP_DISPATCH_RECV] {
-        for (rank, tensors) in tensors.iter().enumerate() {
-            harness::dispatch(&world.dispatch_args(rank, 0, tensors, part)).unwrap();
-        }
-    }
-    for slot in 0..case.max_tokens as u64 {
-        let partials = world.layout.partials + world.layout.partials_source_stride;
-        let partial = partials + slot * world.layout.partial_stride;
-        world.ranks[0].symmetric.set_word(partial, 2);
-    }
-
-    let oracle = Oracle::new(&case, 0, &inputs, Links::all(2));
-    let y = Memory::of(&oracle.expert_outputs(0), u16::to_le_bytes);
-    let out = Memory::poisoned(2 * inputs[0].tokens * case.hidden);
-    let start = Instant::now();
-    let args = world.combine_args(0, 0, &tensors[0], &y, &out, COMBINE);
-    harness::combine(&args).unwrap();
-    assert!(start.elapsed() < Duration::from_secs(60));
-    let record = (
-        ffi::EP_FAULT_TIMEOUT,
-        ffi::EP_OP_COMBINE,
-        ffi::EP_PHASE_PARTIALS,
-        1,
-        1,
-    );
-    assert_eq!(given_up(&world, 0), vec![record]);
-    let alone = Oracle::new(&case, 0, &inputs, Links::all(2).cut(0, 1));
-    alone
-        .check_combine(0, &out.values(u16::from_le_bytes))
-        .unwrap();
 }
 
 /// Changes that make arguments unacceptable, by what is wrong with them.

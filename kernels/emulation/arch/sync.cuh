@@ -4,7 +4,11 @@
 
 namespace ep::arch {
 
-inline void bar_sync(uint32_t id, uint32_t threads) { emu::barrier(id, threads); }
+inline void bar_sync(uint32_t id, uint32_t threads) { emu::barrier(id, threads, false); }
+
+inline bool bar_or(uint32_t id, uint32_t threads, bool predicate) {
+  return emu::barrier(id, threads, predicate);
+}
 
 inline uint64_t globaltimer_ns() {
   emu::yield();

@@ -42,7 +42,7 @@ inline uint32_t atomicAdd(uint32_t* at, uint32_t v) {
   return old;
 }
 
-inline void __syncthreads() { emu::barrier(0, 0); }
+inline void __syncthreads() { emu::barrier(0, 0, false); }
 
 #define EP_COLLECTIVE(name, kind)                                                                  \
   inline uint32_t name(unsigned, uint32_t v, int line = __builtin_LINE()) {                        \

@@ -72,6 +72,7 @@ struct Warp {
 
 struct Barrier {
   uint32_t arrived = 0;
+  bool any = false;  // of their predicates
   std::vector<std::pair<Warp*, Lane*>> waiting;
 };
 
@@ -330,22 +331,28 @@ uint32_t collective(Collective kind, uint32_t value, uint32_t argument, int line
   return own.result;
 }
 
-void barrier(uint32_t id, uint32_t threads) {
+bool barrier(uint32_t id, uint32_t threads, bool predicate) {
   Barrier& b = block->barriers[id];
   if (threads == 0) threads = grid->threads;
+  Lane& own = *lane;
+  b.any |= predicate;
   if (++b.arrived < threads) {
     b.waiting.emplace_back(warp, lane);
     ++warp->idle;
     stop(State::kBarrier);
-    return;
+    return own.result != 0;
   }
-  b.arrived = 0;
+  const bool any = b.any;
   for (const auto& [w, l] : b.waiting) {
     l->state = State::kReady;
+    l->result = any;
     --w->idle;
   }
+  b.arrived = 0;
+  b.any = false;
   b.waiting.clear();
   stop(State::kReady);
+  return any;
 }
 
 // Completions << 32 | arrivals of each << 16 | arrivals left.

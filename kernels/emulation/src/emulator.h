@@ -36,7 +36,7 @@ enum class Collective { kSync, kShuffle, kShuffleXor, kBallot, kMatch, kAdd, kOr
 uint32_t collective(Collective kind, uint32_t value, uint32_t argument, int line);
 
 // Barrier `id` of `threads` threads of the block; 0: of all.
-void barrier(uint32_t id, uint32_t threads);
+bool barrier(uint32_t id, uint32_t threads, bool predicate);
 
 // A barrier object: completions of as many arrivals as it was made for, counted by parity.
 void mbarrier_init(uint64_t* object, uint32_t count);

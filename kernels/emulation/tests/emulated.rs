@@ -17,6 +17,12 @@ use ep_emulation::EmulatedKernels;
 const CASES: u32 = 32;
 const MOST_RANKS: usize = 4;
 const MOST_TOKENS: usize = 20;
+const EVERY_LINE_HAS_AN_EPOCH: bool = true;
+
+/// Where the operations begun of a part are counted, in the control block.
+fn counter(ranks: usize, part: u64) -> u64 {
+    (4 * ranks as u64).next_multiple_of(128) + 32 * part
+}
 
 /// Few, because every lane of each takes its turns.
 static MULTIPROCESSORS: AtomicU32 = AtomicU32::new(2);

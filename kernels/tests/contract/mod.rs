@@ -1,5 +1,6 @@
 //! What every implementation of the contract has to do, judged by the oracle: random shapes, and what
-//! can go wrong. The test binary says which implementation (`kernels`) and how much (`CASES`,
+//! can go wrong. The test binary says which implementation (`kernels`), what its wire is like
+//! (`EVERY_LINE_HAS_AN_EPOCH`) and its control block (`counter`), and how much (`CASES`,
 //! `MOST_RANKS`, `MOST_TOKENS`).
 
 #![allow(
@@ -376,6 +377,25 @@ fn one_rank_without_peers() {
 }
 
 #[test]
+fn epochs_pass_32_bits() {
+    let case = plain();
+    let world = World::new(&case, 2, 1, Duration::from_secs(60));
+    // As if so many operations had been run.
+    let counts = world.layout.counts..world.layout.weights;
+    for rank in &world.ranks {
+        for packet in counts.clone().step_by(8) {
+            rank.symmetric.set_word(packet, 0xffff_fff0 << 32);
+        }
+        for part in 0..5 {
+            let counter = crate::counter(case.ranks, part);
+            rank.control.set_word(counter, 0xffff_fffd);
+        }
+    }
+    check(&world, 5, Order::Split, &Links::all(case.ranks)).unwrap();
+    assert!((0..case.ranks).all(|rank| world.faults(rank).is_empty()));
+}
+
+#[test]
 fn ring_keeps_the_newest_records() {
     let odd = Odd {
         missing: true,
@@ -524,6 +544,212 @@ fn a_peer_lost_between_dispatch_and_combine_contributes_nothing() {
     }
 }
 
+#[test]
+fn counts_that_come_in_part_count_for_nothing() {
+    let case = plain();
+    let inputs = case.inputs(0);
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    for lost in 0..=case.local_experts() {
+        let world = World::new(&case, 1, 1, Duration::from_millis(100));
+        for rank in [1, 2] {
+            let args = world.dispatch_args(rank, 0, &tensors[rank], ffi::EP_DISPATCH_SEND);
+            harness::dispatch(&args).unwrap();
+        }
+        // As if rank 1 had died in between.
+        world.ranks[0]
+            .symmetric
+            .set_word(world.packet(1, 1, lost), 0);
+        harness::dispatch(&world.dispatch_args(0, 0, &tensors[0], DISPATCH)).unwrap();
+        check_given_up_source(&world, &inputs, 1);
+    }
+}
+
+#[test]
+fn counts_that_come_as_the_time_ends_count_or_do_not() {
+    let case = plain();
+    let inputs = case.inputs(0);
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    let all = Oracle::new(&case, 0, &inputs, Links::all(case.ranks));
+    let rng = &mut common::Rng::new(&[7]);
+    let mut given_up_after = Duration::ZERO;
+    for n in 0..crate::CASES {
+        let world = World::new(&case, 1, 1, Duration::from_millis(2));
+        for rank in [1, 2] {
+            let args = world.dispatch_args(rank, 0, &tensors[rank], ffi::EP_DISPATCH_SEND);
+            harness::dispatch(&args).unwrap();
+        }
+        let buffer = &world.ranks[0].symmetric;
+        let packets: Vec<_> = (0..=case.local_experts())
+            .map(|packet| world.packet(1, 1, packet))
+            .map(|at| (at, buffer.word(at)))
+            .collect();
+        packets.iter().for_each(|&(at, _)| buffer.set_word(at, 0));
+        thread::scope(|scope| {
+            let start = Instant::now();
+            let dispatch = scope.spawn(|| {
+                let args = world.dispatch_args(0, 0, &tensors[0], DISPATCH);
+                harness::dispatch(&args).unwrap();
+            });
+            if n == 0 {
+                dispatch.join().unwrap();
+                given_up_after = start.elapsed();
+            } else {
+                // The last comes about then, on average.
+                let most = 2 * given_up_after / packets.len() as u32;
+                for (at, packet) in packets {
+                    thread::sleep(most * rng.below(1000) as u32 / 1000);
+                    buffer.set_word(at, packet);
+                }
+            }
+        });
+        if given_up(&world, 0).is_empty() {
+            world
+                .with_output(0, 0, |output| all.check_dispatch(0, output, POISON))
+                .unwrap();
+        } else {
+            check_given_up_source(&world, &inputs, 1);
+        }
+    }
+}
+
+/// That rank 0 has taken nothing of a source in its first dispatch, and all of the others'.
+fn check_given_up_source(world: &World, inputs: &[common::Input], source: usize) {
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_DISPATCH,
+        ffi::EP_PHASE_COUNTS,
+        source as u32,
+        1,
+    );
+    assert_eq!(given_up(world, 0), vec![record]);
+    let links = Links::all(world.case.ranks).cut(0, source);
+    let oracle = Oracle::new(&world.case, 0, inputs, links);
+    world
+        .with_output(0, 0, |output| oracle.check_dispatch(0, output, POISON))
+        .unwrap();
+    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+    assert!(
+        rows.iter()
+            .enumerate()
+            .all(|(rank, &rows)| (rows == 0) == (rank == source))
+    );
+    assert!(world.intact());
+}
+
+#[test]
+fn rows_that_never_come_have_no_entries() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let timeout = Duration::from_millis(200);
+    let world = World::new(&case, 1, 1, timeout);
+    let inputs = case.inputs(0);
+    // Rank 1 sends, and then its second row is unwritten, as if it had died in between.
+    let tensors = Tensors::new(&inputs[1]);
+    harness::dispatch(&world.dispatch_args(1, 0, &tensors, ffi::EP_DISPATCH_SEND)).unwrap();
+    let lost = world.row(1, 1, 1);
+    world.set_epoch(0, lost, world.layout.row_stride, 0);
+
+    let tensors = Tensors::new(&inputs[0]);
+    harness::dispatch(&world.dispatch_args(0, 0, &tensors, DISPATCH)).unwrap();
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_DISPATCH,
+        ffi::EP_PHASE_ROWS,
+        1,
+        1,
+    );
+    assert_eq!(given_up(&world, 0), vec![record]);
+    let map = world.ranks[0].handles[0][1].values(u64::from_le_bytes);
+    let entries = |slot: usize| map[(case.max_tokens + slot) * (case.top_k + 2)] >> 32;
+    assert_eq!(entries(1), 0);
+    assert!(entries(0) > 0 && entries(2) > 0);
+    // Combine takes none of them.
+    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+    assert!(rows[0] > 0 && rows[1] == 0, "{rows:?}");
+    assert!(world.intact());
+}
+
+#[test]
+fn a_rank_that_was_given_up_does_not_wait_in_vain() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let mut world = World::new(&case, 1, 1, Duration::from_millis(20));
+    let inputs: Vec<_> = (0..3).map(|n| case.inputs(n)).collect();
+    let dispatch = |world: &World, rank: usize, n: usize| {
+        world.ranks[rank].outputs[0].poison();
+        let tensors = Tensors::new(&inputs[n][rank]);
+        harness::dispatch(&world.dispatch_args(rank, 0, &tensors, DISPATCH)).unwrap();
+    };
+    (0..3).for_each(|n| dispatch(&world, 0, n));
+    assert_eq!(given_up(&world, 0).len(), 3);
+
+    // The first dispatch's buffers are overwritten by the third; the others are still there.
+    world.timeout = Duration::from_secs(600);
+    let start = Instant::now();
+    (0..3).for_each(|n| dispatch(&world, 1, n));
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_DISPATCH,
+        ffi::EP_PHASE_COUNTS,
+        0,
+        1,
+    );
+    assert_eq!(given_up(&world, 1), vec![record]);
+    let last = Oracle::new(&case, 2, &inputs[2], Links::all(2));
+    world
+        .with_output(1, 0, |output| last.check_dispatch(1, output, POISON))
+        .unwrap();
+}
+
+#[test]
+fn a_partial_of_a_later_combine_is_not_waited_for() {
+    let case = Case {
+        ranks: 2,
+        tokens: vec![5, 9],
+        ..plain()
+    };
+    let world = World::new(&case, 1, 1, Duration::from_secs(600));
+    let inputs = case.inputs(0);
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    for part in [ffi::EP_DISPATCH_SEND, ffi::EP_DISPATCH_RECV] {
+        for (rank, tensors) in tensors.iter().enumerate() {
+            harness::dispatch(&world.dispatch_args(rank, 0, tensors, part)).unwrap();
+        }
+    }
+    for slot in 0..case.max_tokens as u64 {
+        let partials = world.layout.partials + world.layout.partials_source_stride;
+        let partial = partials + slot * world.layout.partial_stride;
+        world.set_epoch(0, partial, world.layout.partial_stride, 2);
+    }
+
+    let oracle = Oracle::new(&case, 0, &inputs, Links::all(2));
+    let y = Memory::of(&oracle.expert_outputs(0), u16::to_le_bytes);
+    let out = Memory::poisoned(2 * inputs[0].tokens * case.hidden);
+    let start = Instant::now();
+    let args = world.combine_args(0, 0, &tensors[0], &y, &out, COMBINE);
+    harness::combine(&args).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let record = (
+        ffi::EP_FAULT_TIMEOUT,
+        ffi::EP_OP_COMBINE,
+        ffi::EP_PHASE_PARTIALS,
+        1,
+        1,
+    );
+    assert_eq!(given_up(&world, 0), vec![record]);
+    let alone = Oracle::new(&case, 0, &inputs, Links::all(2).cut(0, 1));
+    alone
+        .check_combine(0, &out.values(u16::from_le_bytes))
+        .unwrap();
+}
+
 /// Sums of a caller's: i64, as an operation left them.
 pub(crate) fn sums(memory: &Memory) -> Vec<i64> {
     memory.values(i64::from_le_bytes)
@@ -640,29 +866,49 @@ fn wrong_content_of_a_peer_does_no_harm() {
         let world = World::new(&case, 1, 1, Duration::from_millis(5));
         let buffer = &world.ranks[0].symmetric;
         let layout = world.layout;
-        for at in (0..layout.bytes).step_by(8) {
-            let of_rank_1 = rng.next();
-            buffer.set_word(at, of_rank_1);
+        let ring = u64::from(layout.ring);
+        for (region, stride, copies, bytes) in [
+            (
+                layout.counts,
+                layout.counts_ring_stride,
+                ring,
+                layout.counts_source_stride,
+            ),
+            (
+                layout.rows,
+                layout.rows_ring_stride,
+                ring,
+                layout.rows_source_stride,
+            ),
+            (layout.weights, 0, 1, layout.weights_source_stride),
+            (layout.partials, 0, 1, layout.partials_source_stride),
+        ] {
+            for copy in 0..copies {
+                let of_rank_1 = region + copy * stride + bytes;
+                for at in (of_rank_1..of_rank_1 + bytes).step_by(8) {
+                    let any = rng.next();
+                    buffer.set_word(at, any);
+                }
+            }
         }
         let mut wild = |small: u64| match rng.below(3) {
             0 => rng.below(small),
             1 => u64::from(u32::MAX) - rng.below(small),
             _ => rng.next() & 0xffff_ffff,
         };
-        let counts = layout.counts + layout.counts_ring_stride + layout.counts_source_stride;
-        for packet in 0..=case.local_experts() as u64 {
-            buffer.set_word(counts + 8 * packet, 1 << 32 | wild(12));
+        for packet in 0..=case.local_experts() {
+            buffer.set_word(world.packet(1, 1, packet), 1 << 32 | wild(12));
         }
-        for slot in 0..case.max_tokens as u64 {
-            let row = world.row(1, 1, slot as usize);
-            buffer.set_word(row, 1);
-            buffer.set_word(row + 8, wild(10) | wild(5) << 32);
-            for entry in 0..case.top_k as u64 {
+        for slot in 0..case.max_tokens {
+            let mut header = vec![wild(10) | wild(5) << 32];
+            header.extend((0..case.top_k).map(|_| {
                 let place = wild(4) & 0x7ff | wild(12) << 16;
-                buffer.set_word(row + 16 + 8 * entry, place & 0xffff_ffff | wild(4) << 32);
-            }
+                place & 0xffff_ffff | wild(4) << 32
+            }));
+            world.put_row(0, (1, 1, slot), &header);
             let weights = layout.weights + layout.weights_source_stride;
-            buffer.set_word(weights + slot * layout.weight_stride, 1);
+            let at = weights + slot as u64 * layout.weight_stride;
+            world.set_epoch(0, at, layout.weight_stride, 1);
         }
 
         harness::dispatch(&world.dispatch_args(0, 0, &tensors, DISPATCH)).unwrap();

@@ -402,6 +402,45 @@ impl World {
             + slot as u64 * layout.row_stride
     }
 
+    /// Where a packet of a source's counts stands in every buffer in an operation: 0 tells its rows.
+    pub(crate) fn packet(&self, epoch: u64, source: usize, packet: usize) -> u64 {
+        let layout = &self.layout;
+        layout.counts
+            + epoch % u64::from(layout.ring) * layout.counts_ring_stride
+            + source as u64 * layout.counts_source_stride
+            + 8 * packet as u64
+    }
+
+    /// Makes lines of a rank's buffer, all that are written at a time, those of an epoch.
+    pub(crate) fn set_epoch(&self, rank: usize, from: u64, bytes: u64, epoch: u64) {
+        let buffer = &self.ranks[rank].symmetric;
+        if !crate::EVERY_LINE_HAS_AN_EPOCH {
+            return buffer.set_word(from, epoch);
+        }
+        for line in (from..from + bytes).step_by(ffi::EP_LINE_BYTES as usize) {
+            buffer.set_word(line + u64::from(ffi::EP_LINE_DATA_BYTES), epoch);
+        }
+    }
+
+    /// Writes a row to a rank's buffer as its source would, but with any header.
+    pub(crate) fn put_row(
+        &self,
+        rank: usize,
+        (epoch, source, slot): (u64, usize, usize),
+        header: &[u64],
+    ) {
+        let row = self.row(epoch, source, slot);
+        for (word, i) in header.iter().zip(0..) {
+            let at = if crate::EVERY_LINE_HAS_AN_EPOCH {
+                8 * (i + i / 15)
+            } else {
+                8 * (i + 1)
+            };
+            self.ranks[rank].symmetric.set_word(row + at, *word);
+        }
+        self.set_epoch(rank, row, self.layout.row_stride, epoch);
+    }
+
     /// What a slot's dispatch gave a rank.
     pub(crate) fn with_output<T>(
         &self,
