@@ -606,6 +606,12 @@ __device__ __forceinline__ void receive(const P& p, const uint64_t* partners, ui
   }
 }
 
+// The rows that dispatch left of a source.
+__device__ __forceinline__ uint32_t rows_from(const ep_handle& handle, uint32_t source) {
+  const uint32_t rows = reinterpret_cast<const uint32_t*>(handle.recv_rows)[source];
+  return (rows & EP_ROWS_GIVEN_UP) != 0 ? 0 : rows;
+}
+
 template <uint32_t H, class W>
 __global__ void __launch_bounds__(32 * W::kWarps, 1)
     combine(const __grid_constant__ ep_combine_args args, const __grid_constant__ Plan plan) {
@@ -628,8 +634,7 @@ __global__ void __launch_bounds__(32 * W::kWarps, 1)
   if (warp == 1)
     for (uint32_t r = lane; r < g.num_ranks; r += 32) partners[r] = partner_base(g, control, r);
   if (warp == 2)
-    for (uint32_t r = lane; r < g.num_ranks; r += 32)
-      source_rows[r] = reinterpret_cast<const uint32_t*>(args.handle.recv_rows)[r];
+    for (uint32_t r = lane; r < g.num_ranks; r += 32) source_rows[r] = rows_from(args.handle, r);
   __syncthreads();
   // The warp that has the least to do.
   if (warp == kWarps - 1) {

@@ -1000,6 +1000,12 @@ __device__ __forceinline__ void read_counts(const P& p, const Shared& s, uint64_
   arch::mbarrier_arrive_release_cta(&shared_at<Fixed>(s.fixed)->placeable);
 }
 
+// What give_up_sources leaves in place of a source's rows. If it comes before write_counts, that
+// finds this mark where it puts their number.
+__device__ __forceinline__ uint32_t given_up_mark(uint64_t epoch) {
+  return EP_ROWS_GIVEN_UP | static_cast<uint32_t>(epoch);
+}
+
 // What does not depend on rows. The readers of one block write it.
 template <class P>
 __device__ __forceinline__ void write_counts(const P& p, const Shared& s, uint64_t epoch) {
@@ -1023,10 +1029,8 @@ __device__ __forceinline__ void write_counts(const P& p, const Shared& s, uint64
   }
 #pragma unroll 1
   for (uint32_t r = thread; r < g.num_ranks; r += P::kReaders) {
-    recv_rows[r] = shared_at<uint32_t>(s.source_rows)[r];
-    // With the fence of give_up_sources: whoever stores last has seen the report.
-    arch::fence_sc_gpu();
-    if (arch::ld_relaxed_gpu_u64(Control(g).reported(kDispatchRecv, r)) == epoch) [[unlikely]]
+    const uint32_t rows = shared_at<uint32_t>(s.source_rows)[r];
+    if (arch::atom_exch_relaxed_gpu_u32(recv_rows + r, rows) == given_up_mark(epoch)) [[unlikely]]
       recv_rows[r] = 0;
   }
 }
@@ -1271,11 +1275,11 @@ __device__ __forceinline__ bool place_unit(const P& p, const Shared& s, uint64_t
 template <class P>
 __device__ __forceinline__ void give_up_sources(const P& p, uint64_t epoch) {
   const Control control(p.a.group);
+  uint32_t* recv_rows = reinterpret_cast<uint32_t*>(p.a.handle.recv_rows);
   __syncwarp();  // what a lane has reported, all have
-  arch::fence_sc_gpu();
   for (uint32_t r = threadIdx.x % 32; r < p.a.group.num_ranks; r += 32)
     if (arch::ld_relaxed_gpu_u64(control.reported(kDispatchRecv, r)) == epoch)
-      reinterpret_cast<uint32_t*>(p.a.handle.recv_rows)[r] = 0;
+      arch::atom_exch_relaxed_gpu_u32(recv_rows + r, given_up_mark(epoch));
 }
 
 // Places rows until there are none left: what every warp does in the end. Sources take turns,

@@ -150,8 +150,10 @@ typedef struct ep_group {
  *   route      u32 [M, max_top_k]   entry k of token t: owner << 16 | slot at the owner, or ~0
  *   recv_map   u64 [R, M, 1 + max_top_k]  row (source, slot): {u32 token, u32 entries}, then per
  *              entry in top-k order {u32 row of recv_x, f32 weight}
- *   recv_rows  u32 [R]  rows received from each source; 0 for one that was given up
+ *   recv_rows  u32 [R]  rows received from each source; 0 for one that was given up, or a number
+ *                       with EP_ROWS_GIVEN_UP
  */
+#define EP_ROWS_GIVEN_UP 0x80000000u
 typedef struct ep_handle {
   uint64_t route;
   uint64_t recv_map;

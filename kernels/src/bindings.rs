@@ -46,6 +46,7 @@ pub const EP_PHASE_BARRIER: u32 = 6;
 pub const EP_FAULT_BYTES: u32 = 48;
 pub const EP_FAULT_RING: u32 = 64;
 pub const EP_CONTROL_FIXED_BYTES: u32 = 1024;
+pub const EP_ROWS_GIVEN_UP: u32 = 2147483648;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct ep_fault {

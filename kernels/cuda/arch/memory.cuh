@@ -89,6 +89,15 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu_u32(void* p, uint32_t v
   return old;
 }
 
+__device__ __forceinline__ uint32_t atom_exch_relaxed_gpu_u32(void* p, uint32_t v) {
+  uint32_t old;
+  asm volatile("atom.exch.relaxed.gpu.global.b32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(p), "r"(v)
+               : "memory");
+  return old;
+}
+
 __device__ __forceinline__ uint64_t atom_cas_acq_rel_gpu_u64(void* p, uint64_t expect, uint64_t v) {
   uint64_t old;
   asm volatile("atom.cas.acq_rel.gpu.global.b64 %0, [%1], %2, %3;"

@@ -46,6 +46,11 @@ inline uint32_t atom_add_acq_rel_gpu_u32(void* p, uint32_t v) {
   return __atomic_fetch_add(static_cast<uint32_t*>(p), v, __ATOMIC_ACQ_REL);
 }
 
+inline uint32_t atom_exch_relaxed_gpu_u32(void* p, uint32_t v) {
+  emu::yield();
+  return __atomic_exchange_n(static_cast<uint32_t*>(p), v, __ATOMIC_RELAXED);
+}
+
 inline uint64_t atom_cas_acq_rel_gpu_u64(void* p, uint64_t expect, uint64_t v) {
   emu::yield();
   __atomic_compare_exchange_n(static_cast<uint64_t*>(p), &expect, v, false, __ATOMIC_ACQ_REL,

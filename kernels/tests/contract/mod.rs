@@ -627,7 +627,7 @@ fn check_given_up_source(world: &World, inputs: &[common::Input], source: usize)
     world
         .with_output(0, 0, |output| oracle.check_dispatch(0, output, POISON))
         .unwrap();
-    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+    let rows = world.rows_from_sources(0, 0);
     assert!(
         rows.iter()
             .enumerate()
@@ -667,7 +667,7 @@ fn rows_that_never_come_have_no_entries() {
     assert_eq!(entries(1), 0);
     assert!(entries(0) > 0 && entries(2) > 0);
     // Combine takes none of them.
-    let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+    let rows = world.rows_from_sources(0, 0);
     assert!(rows[0] > 0 && rows[1] == 0, "{rows:?}");
     assert!(world.intact());
 }
@@ -935,7 +935,7 @@ fn wrong_content_of_a_peer_does_no_harm() {
             }
         });
         let map = world.ranks[0].handles[0][1].values(u64::from_le_bytes);
-        let rows = world.ranks[0].handles[0][2].values(u32::from_le_bytes);
+        let rows = world.rows_from_sources(0, 0);
         assert!(rows[1] as usize <= case.max_tokens);
         for slot in 0..rows[1] as usize {
             let row = &map[(case.max_tokens + slot) * (case.top_k + 2)..][..case.top_k + 2];

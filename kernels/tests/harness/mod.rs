@@ -441,6 +441,14 @@ impl World {
         self.set_epoch(rank, row, self.layout.row_stride, epoch);
     }
 
+    /// The rows from each source that a slot's dispatch left for its combine.
+    pub(crate) fn rows_from_sources(&self, rank: usize, slot: usize) -> Vec<u32> {
+        let mut rows = self.ranks[rank].handles[slot][2].values(u32::from_le_bytes);
+        let given_up = |rows: &&mut u32| **rows & ffi::EP_ROWS_GIVEN_UP != 0;
+        rows.iter_mut().filter(given_up).for_each(|rows| *rows = 0);
+        rows
+    }
+
     /// What a slot's dispatch gave a rank.
     pub(crate) fn with_output<T>(
         &self,
