@@ -7,7 +7,12 @@ use std::sync::Arc;
 use ep_kernels::{HostKernels, Kernels};
 use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, vmm};
 
+use crate::Error;
+
 /// A GPU, real or simulated, and the kernels that run on it. Cheap to clone.
+///
+/// What is used together (tensors, streams, events, a buffer) is of one device: of one driver and
+/// one number. What is not is refused by name, before anything is enqueued.
 ///
 /// ```
 /// use ep::{Device, driver::DeviceOrdinal};
@@ -44,25 +49,23 @@ impl Device {
         }
     }
 
-    /// The GPU with this number among those that the process sees, with the CUDA kernels.
+    /// The GPU with this number among those that the process sees, with the CUDA kernels. Devices of
+    /// one number are one device, however often they are made.
     ///
     /// # Errors
-    /// [`Error::Driver`](crate::Error::Driver) if there is no driver or no such GPU among those that
-    /// the process sees, [`Error::Launch`](crate::Error::Launch) if the linked kernels are of another
-    /// version or not compiled for it.
+    /// [`Error::Driver`] if there is no driver or no such GPU among those that the process sees,
+    /// [`Error::Launch`] if the linked kernels are of another version or not compiled for it.
     #[cfg(feature = "cuda")]
-    pub fn cuda(ordinal: DeviceOrdinal) -> Result<Self, crate::Error> {
+    pub fn cuda(ordinal: DeviceOrdinal) -> Result<Self, Error> {
         use ep_kernels::CudaKernels;
         use ep_sys::CudaDriver;
 
-        let driver = CudaDriver::load().map_err(crate::Error::driver("opening the driver"))?;
+        let driver = CudaDriver::load().map_err(Error::driver("opening the driver"))?;
         driver
             .device_info(ordinal)
-            .map_err(crate::Error::driver("opening the device"))?;
-        let kernels = CudaKernels::new().map_err(crate::Error::launch)?;
-        kernels
-            .load(ordinal.0 as i32)
-            .map_err(crate::Error::launch)?;
+            .map_err(Error::driver("opening the device"))?;
+        let kernels = CudaKernels::new().map_err(Error::launch)?;
+        kernels.load(ordinal.0 as i32).map_err(Error::launch)?;
         Ok(Self::from_parts(driver, Arc::new(kernels), ordinal))
     }
 
@@ -113,10 +116,29 @@ impl Device {
         self.can_run
     }
 
-    /// Whether memory of `other` is memory of this device.
+    /// Whether memory, streams and events of `other` are of this device: it is the same one of the
+    /// same driver. Another driver object gives the same numbers to other things.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        let of = |device: &Self| (device.ordinal(), device.can_run());
-        of(self) == of(other) && self.backend() == other.backend()
+        let driver = |device: &Self| Arc::as_ptr(&device.shared.driver).addr();
+        self.ordinal() == other.ordinal() && driver(self) == driver(other)
+    }
+
+    /// Refuses what is of another device than this one.
+    pub(crate) fn check(
+        &self,
+        doing: &'static str,
+        argument: &'static str,
+        got: &Self,
+    ) -> Result<(), Error> {
+        if got.is_same(self) {
+            return Ok(());
+        }
+        Err(Error::OtherDevice {
+            doing,
+            argument,
+            expected: self.clone(),
+            got: got.clone(),
+        })
     }
 
     /// What two ranks have in common exactly if they are of one process, as the driver sees

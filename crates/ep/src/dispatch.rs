@@ -231,6 +231,9 @@ impl<'a> From<&'a mut DispatchOutput> for DispatchOutputMut<'a> {
 
 impl DispatchOutput {
     /// Fills every byte of every tensor, ordered on the stream.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] if the stream is not of the tensors' device; none is filled then.
     pub fn fill(&mut self, byte: u8, stream: &Stream) -> Result<(), Error> {
         let Self {
             recv_x,
@@ -239,9 +242,15 @@ impl DispatchOutput {
             src_info,
             layout_range,
         } = self;
-        [recv_x, recv_count, src_info, layout_range]
+        let mut tensors: Vec<_> = [recv_x, recv_count, src_info, layout_range]
             .into_iter()
             .chain(recv_scales)
+            .collect();
+        tensors
+            .iter()
+            .try_for_each(|tensor| tensor.check_stream(stream))?;
+        tensors
+            .iter_mut()
             .try_for_each(|tensor| tensor.fill(byte, stream))
     }
 }

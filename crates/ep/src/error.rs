@@ -139,6 +139,22 @@ pub enum Error {
         /// The call and its status.
         source: ep_sys::Error,
     },
+    /// A stream, an event or a tensor was used with one of another device.
+    #[error(
+        "{doing}: the {argument} is of {}, not of {expected:?}; make both from one Device or its \
+         clones",
+        Elsewhere { got, expected }
+    )]
+    OtherDevice {
+        /// What was being done.
+        doing: &'static str,
+        /// What is of the wrong device.
+        argument: &'static str,
+        /// The device that it must be of.
+        expected: Device,
+        /// The device that it is of.
+        got: Device,
+    },
     /// A kernel was not launched.
     #[error("{}an operation was not launched", Of(*rank))]
     Launch {
@@ -308,11 +324,11 @@ pub enum ArgumentError {
         got: DType,
     },
     /// It is on another device.
-    #[error("{field} is on {got:?}; it must be on {expected:?}, the buffer's")]
+    #[error("{field} is on {}; it must be on {expected:?}", Elsewhere { got, expected })]
     Device {
         /// The argument.
         field: &'static str,
-        /// The buffer's device.
+        /// The device that it must be on: the buffer's or, without a buffer, the stream's.
         expected: Device,
         /// The argument's.
         got: Device,
@@ -444,6 +460,22 @@ impl fmt::Display for Of {
             Some(rank) => write!(f, "rank {rank}: "),
             None => Ok(()),
         }
+    }
+}
+
+/// A device that is not the expected one, also where their numbers are the same.
+struct Elsewhere<'a> {
+    got: &'a Device,
+    expected: &'a Device,
+}
+
+impl fmt::Display for Elsewhere<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.got)?;
+        if self.got.ordinal() == self.expected.ordinal() {
+            f.write_str(" of another driver")?;
+        }
+        Ok(())
     }
 }
 

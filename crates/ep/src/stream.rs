@@ -90,22 +90,29 @@ impl Stream {
     /// the buffer.
     ///
     /// # Errors
-    /// [`Error::Driver`], for instance if streams and event are not of one device. This stream then
-    /// waits for nothing more than before.
+    /// [`Error::OtherDevice`] if streams and event are not of one device; nothing was recorded then.
+    /// [`Error::Driver`] if the driver refuses. This stream then waits for nothing more than before.
     pub fn follow(&self, other: &Self, event: &mut Event) -> Result<(), Error> {
+        self.device.check(WAITING, "event", &event.device)?;
         event.record(other)?;
         self.wait(event)
     }
 
     /// Lets later work on this stream wait for an event, for the point where it was last recorded
     /// when this is called. An event that was never recorded is not waited for.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] if the event is not of this stream's device.
     pub fn wait(&self, event: &Event) -> Result<(), Error> {
+        self.device.check(WAITING, "event", &event.device)?;
         self.device
             .driver()
-            .stream_wait_event(self.device.ordinal(), self.handle(), event.0.handle())
-            .map_err(Error::driver("letting a stream wait"))
+            .stream_wait_event(self.device.ordinal(), self.handle(), event.event.handle())
+            .map_err(Error::driver(WAITING))
     }
 }
+
+const WAITING: &str = "letting a stream wait";
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -129,7 +136,10 @@ impl fmt::Debug for Stream {
 /// # Ok::<(), ep::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct Event(vmm::Event);
+pub struct Event {
+    event: vmm::Event,
+    device: Device,
+}
 
 impl Event {
     /// Creates an event that can be timed.
@@ -144,30 +154,48 @@ impl Event {
     }
 
     fn create(device: &Device, timing: bool) -> Result<Self, Error> {
-        vmm::Event::new(device.driver(), device.ordinal(), timing)
-            .map(Self)
-            .map_err(Error::driver("creating an event"))
+        let event = vmm::Event::new(device.driver(), device.ordinal(), timing)
+            .map_err(Error::driver("creating an event"))?;
+        Ok(Self {
+            event,
+            device: device.clone(),
+        })
+    }
+
+    /// The event's device.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Records the event behind the work that is on the stream now.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] if the stream is not of the event's device.
     pub fn record(&self, stream: &Stream) -> Result<(), Error> {
-        self.0
+        let doing = "recording an event";
+        self.device.check(doing, "stream", stream.device())?;
+        self.event
             .record(stream.handle())
-            .map_err(Error::driver("recording an event"))
+            .map_err(Error::driver(doing))
     }
 
     /// Waits until the event has been reached.
     pub fn synchronize(&self) -> Result<(), Error> {
-        self.0
+        self.event
             .synchronize()
             .map_err(Error::driver("waiting for an event"))
     }
 
     /// Microseconds from `start` to this event, both timed, recorded and reached; exact to about
     /// half a microsecond.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] if they are not of one device.
     pub fn elapsed_us(&self, start: &Self) -> Result<f64, Error> {
-        self.0
-            .elapsed_us(&start.0)
-            .map_err(Error::driver("timing events"))
+        let doing = "timing events";
+        self.device.check(doing, "first event", &start.device)?;
+        self.event
+            .elapsed_us(&start.event)
+            .map_err(Error::driver(doing))
     }
 }

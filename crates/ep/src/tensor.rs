@@ -227,7 +227,11 @@ impl Tensor {
     }
 
     /// Fills every byte, ordered on the stream.
+    ///
+    /// # Errors
+    /// [`Error::OtherDevice`] if the stream is not of the tensor's device.
     pub fn fill(&mut self, byte: u8, stream: &Stream) -> Result<(), Error> {
+        self.check_stream(stream)?;
         if self.bytes == 0 {
             return Ok(());
         }
@@ -240,7 +244,12 @@ impl Tensor {
                 self.bytes,
                 stream.handle(),
             )
-            .map_err(Error::driver("filling a tensor"))
+            .map_err(Error::driver(FILLING))
+    }
+
+    /// Whether it could be filled on the stream.
+    pub(crate) fn check_stream(&self, stream: &Stream) -> Result<(), Error> {
+        self.device.check(FILLING, "stream", stream.device())
     }
 
     /// The whole tensor, to read.
@@ -305,6 +314,8 @@ impl Tensor {
         }
     }
 }
+
+const FILLING: &str = "filling a tensor";
 
 /// A dense, row-major tensor that is read. Of a [`Tensor`], or a caller's own memory: see
 /// [`from_raw`](Self::from_raw).

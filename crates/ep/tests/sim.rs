@@ -582,11 +582,91 @@ fn operations_run_beside_a_compute_stream() {
         let other = Device::host(driver.clone(), DeviceOrdinal(1 - comm.rank()));
         let mut foreign = Event::untimed(&other).unwrap();
         let refused = compute.follow(&rank.stream, &mut foreign).unwrap_err();
-        assert!(matches!(refused, Error::Driver { .. }), "{refused}");
+        assert!(matches!(refused, Error::OtherDevice { .. }), "{refused}");
         rank.run(2, Order::Overlapped).unwrap();
         rank.buffer.close().unwrap();
     });
     assert!(driver.live().is_empty());
+}
+
+/// Streams, events and tensors of another device, and of another driver that counts alike, are
+/// refused before the driver is asked for anything.
+#[test]
+fn what_is_used_together_is_of_one_device() {
+    let [driver, stranger] = [host(2), host(2)];
+    let here = Device::host(driver.clone(), DeviceOrdinal(0));
+    let comm = Communicator::threads(1).remove(0);
+    let config = Config::new(128, 1, 1, 1);
+    let buffer = Buffer::builder(&here, &comm, config).build().unwrap();
+    let stream = Stream::new(&here).unwrap();
+    let [mut event, start] = [(); 2].map(|()| Event::new(&here).unwrap());
+    start.record(&stream).unwrap();
+    let mut tensor = Tensor::new(&here, DType::U8, [4]).unwrap();
+    let mut nothing = Tensor::new(&here, DType::U8, [0]).unwrap();
+    let mut output = buffer.new_output(&DispatchOptions::bf16()).unwrap();
+    output.recv_count.copy_from_host(&[7_i32]).unwrap();
+
+    let elsewhere = [
+        (driver.clone(), 1, "is of device 1 (host), not"),
+        (stranger, 0, "is of device 0 (host) of another driver, not"),
+    ];
+    for (theirs, ordinal, found) in elsewhere {
+        let device = Device::host(theirs.clone(), DeviceOrdinal(ordinal));
+        let other = Stream::new(&device).unwrap();
+        let mut foreign = Event::new(&device).unwrap();
+        foreign.record(&other).unwrap();
+        let own = Tensor::new(&device, DType::I32, [1]).unwrap();
+        let local = std::mem::replace(&mut output.recv_count, own);
+        let calls = || (driver.calls(), theirs.calls());
+        let before = calls();
+        let refusals = [
+            (event.record(&other), "recording an event: the stream "),
+            (stream.wait(&foreign), "letting a stream wait: the event "),
+            (
+                stream.follow(&other, &mut event),
+                "recording an event: the stream ",
+            ),
+            (
+                stream.follow(&other, &mut foreign),
+                "letting a stream wait: the event ",
+            ),
+            (
+                event.elapsed_us(&foreign).map(drop),
+                "timing events: the first event ",
+            ),
+            (tensor.fill(1, &other), "filling a tensor: the stream "),
+            (nothing.fill(1, &other), "filling a tensor: the stream "),
+        ];
+        for (refused, expected) in refusals {
+            let error = refused.unwrap_err();
+            assert!(matches!(error, Error::OtherDevice { .. }), "{error:?}");
+            let error = error.to_string();
+            assert!(error.starts_with(&format!("{expected}{found}")), "{error}");
+            assert!(error.contains("make both from one Device"), "{error}");
+        }
+        // One tensor of five is elsewhere: nothing is filled, wherever the stream is.
+        for on in [&stream, &other] {
+            let refused = output.fill(1, on).unwrap_err();
+            assert!(matches!(refused, Error::OtherDevice { .. }), "{refused}");
+        }
+        let refused = buffer.barrier(&other, Duration::ZERO).unwrap_err();
+        assert!(
+            explain(&refused).contains("stream is on device"),
+            "{refused}"
+        );
+        assert_eq!(named(refused), "stream: Device");
+        assert_eq!(calls(), before);
+        output.recv_count = local;
+    }
+    assert_eq!(output.recv_count.copy_to_host::<i32>().unwrap(), [7]);
+
+    // A device that is made again is the same.
+    let again = Stream::new(&Device::host(driver.clone(), DeviceOrdinal(0))).unwrap();
+    again.follow(&stream, &mut event).unwrap();
+    event.elapsed_us(&start).unwrap();
+    output.fill(1, &again).unwrap();
+    buffer.barrier(&again, Duration::ZERO).unwrap();
+    buffer.close().unwrap();
 }
 
 /// The argument and what is wrong with it.

@@ -19,7 +19,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 use cudarc::driver::sys::{
     self, CUdevice, CUdevice_attribute, CUipcMemHandle, CUmemAccess_flags, CUmemAccessDesc,
@@ -55,6 +55,9 @@ pub struct CudaDriver {
     host_memory: RwLock<BTreeMap<u64, HostMemory>>,
 }
 
+/// A driver, as long as anybody else holds it.
+type Shared = Mutex<Weak<CudaDriver>>;
+
 struct Device {
     raw: CUdevice,
     primary: Mutex<Option<Primary>>,
@@ -70,9 +73,26 @@ struct Primary {
 impl CudaDriver {
     /// Opens libcuda and initialises it. Creates no context.
     ///
+    /// A process has one driver: as long as anybody holds it, this gives the same one. So what was
+    /// created by one holder is known to all, and devices compare by driver and number.
+    ///
     /// Fails, with the reason, where there is no driver or no visible device.
     pub fn load() -> Result<Arc<Self>> {
-        Self::load_from(OsStr::new("libcuda.so.1"), OsStr::new("libnvidia-ml.so.1"))
+        static OF_PROCESS: Shared = Shared::new(Weak::new());
+        Self::load_into(&OF_PROCESS, || {
+            Self::load_from(OsStr::new("libcuda.so.1"), OsStr::new("libnvidia-ml.so.1"))
+        })
+    }
+
+    /// The driver that is held already, or a new one. A failure is not remembered.
+    fn load_into(held: &Shared, load: impl FnOnce() -> Result<Arc<Self>>) -> Result<Arc<Self>> {
+        let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = held.upgrade() {
+            return Ok(driver);
+        }
+        let driver = load()?;
+        *held = Arc::downgrade(&driver);
+        Ok(driver)
     }
 
     /// Whether a driver with at least one visible device is here. The reason for a no is logged;

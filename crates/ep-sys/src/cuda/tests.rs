@@ -3,12 +3,12 @@
 use std::ffi::OsStr;
 use std::fmt::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use tracing::field::{Field, Visit};
 use tracing::{Level, Metadata, span};
 
-use super::CudaDriver;
+use super::{CudaDriver, Shared};
 use crate::fake::Fake;
 use crate::vmm::{DeviceMemory, Event, HostBuffer, IpcMapping, Mapping, Physical, Stream};
 use crate::{
@@ -83,6 +83,34 @@ fn no_device_is_an_error() {
         (error.call(), error.status()),
         (Call::DeviceCount, Some(Status::NO_DEVICE))
     );
+}
+
+#[test]
+fn a_process_has_one_driver_as_long_as_it_is_held() {
+    let Some(fake) = Fake::libcuda(&[]) else {
+        return;
+    };
+    let held = Shared::new(Weak::new());
+    let once = || CudaDriver::load_into(&held, || load(&fake)).unwrap();
+    let missing = || CudaDriver::load_from(OsStr::new("/nonexistent"), OsStr::new(NO_NVML));
+    CudaDriver::load_into(&held, missing).unwrap_err();
+
+    let first = once();
+    assert!(Arc::ptr_eq(&first, &once()));
+    let event = first.event_create(D0, false).unwrap();
+    // Known to every holder.
+    once().event_destroy(D0, event).unwrap();
+    let inits = |calls: Vec<String>| calls.iter().filter(|line| line.contains("cuInit")).count();
+    assert_eq!(inits(fake.journal()), 1);
+
+    drop(first);
+    let released = fake.journal();
+    assert!(
+        released.iter().any(|line| line.contains("CtxRelease")),
+        "{released:?}"
+    );
+    once().device_count().unwrap();
+    assert_eq!(inits(fake.journal()), 1);
 }
 
 #[test]
