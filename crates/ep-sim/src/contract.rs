@@ -737,6 +737,7 @@ fn copies_to_nowhere(b: &mut Bench<'_>) -> Result<()> {
 fn streams(b: &mut Bench<'_>) -> Result<()> {
     let (driver, device) = (b.driver, b.device);
     driver.stream_synchronize(device, StreamHandle::default())?;
+    driver.stream_synchronize(device, StreamHandle::LEGACY)?;
     let stream = Stream::new(driver, device)?;
     let other = Stream::new(driver, device)?;
     b.check(stream.handle() != other.handle(), "streams differ");

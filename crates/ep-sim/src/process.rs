@@ -598,7 +598,8 @@ impl Process {
     }
 
     pub(crate) fn known_stream(&self, stream: StreamHandle) -> Result<()> {
-        if stream == StreamHandle::default() || self.streams.contains_key(&stream) {
+        let is_default = [StreamHandle::default(), StreamHandle::LEGACY].contains(&stream);
+        if is_default || self.streams.contains_key(&stream) {
             Ok(())
         } else {
             Err(Status::INVALID_HANDLE.into())

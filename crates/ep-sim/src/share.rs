@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::{fmt, io};
 
-use ep_sys::HandleKind;
+use ep_sys::{HandleKind, StreamHandle};
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 
@@ -25,9 +25,9 @@ const MAGIC: [u8; 8] = *b"epsimh01";
 /// Allocations of this process that others may import, by number.
 static EXPORTED: Mutex<BTreeMap<u64, Weak<Physical>>> = Mutex::new(BTreeMap::new());
 
-/// A number that no other call in this process returns.
+/// A number that no other call in this process returns, and no name of a default stream.
 pub(crate) fn unique() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(1);
+    static NEXT: AtomicU64 = AtomicU64::new(StreamHandle::PER_THREAD.0 + 1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 

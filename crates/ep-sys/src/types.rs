@@ -87,6 +87,14 @@ pub struct PhysHandle(pub u64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StreamHandle(pub u64);
 
+impl StreamHandle {
+    /// The legacy default stream by its explicit name, `CU_STREAM_LEGACY`: the same as zero.
+    pub const LEGACY: Self = Self(1);
+    /// `CU_STREAM_PER_THREAD`: the default stream of whichever thread uses it, so another stream on
+    /// every thread.
+    pub const PER_THREAD: Self = Self(2);
+}
+
 /// An event (`CUevent`) as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EventHandle(pub u64);

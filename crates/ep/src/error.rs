@@ -155,6 +155,12 @@ pub enum Error {
         /// The device that it is of.
         got: Device,
     },
+    /// A borrowed stream is the per-thread default stream, which is another one on every thread.
+    #[error(
+        "the per-thread default stream is another stream on every thread; give a stream of its own \
+         (cudaStreamCreateWithFlags), or 1 for the legacy default stream"
+    )]
+    PerThreadStream,
     /// A kernel was not launched.
     #[error("{}an operation was not launched", Of(*rank))]
     Launch {

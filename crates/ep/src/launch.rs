@@ -19,7 +19,7 @@ use ep_sys::{DeviceOrdinal, DevicePtr, Driver, StreamHandle};
 use crate::connection::Connection;
 use crate::state::DeviceState;
 use crate::tensor::{DType, Dims, Raw};
-use crate::{Device, Stream, TensorMut, TensorRef};
+use crate::{Device, Error, Stream, TensorMut, TensorRef};
 
 impl Device {
     /// A device with kernels of the caller's choice.
@@ -37,14 +37,34 @@ impl Device {
 }
 
 impl Stream {
-    /// A caller's own stream, such as a framework's current one. Zero is the legacy default stream.
+    /// A caller's own stream, such as a framework's current one.
+    ///
+    /// # Default streams
+    /// 0 and [`StreamHandle::LEGACY`] are the legacy default stream, and are taken. It suits a
+    /// program that uses no other stream. It waits for all blocking streams of the device and they
+    /// wait for it, so an operation there that waits for a rank holds up their work too. Streams of
+    /// [`new`](Self::new), like all non-blocking ones, are not ordered with it: let them
+    /// [`follow`](Self::follow). It cannot be captured in a CUDA graph, and to use it while a
+    /// blocking stream is captured spoils that capture. For graphs, and beside other work, give a
+    /// stream of one's own.
+    ///
+    /// [`StreamHandle::PER_THREAD`] is refused. It names another stream on every thread, and a buffer
+    /// may be used, waited for and closed on another thread than the one that enqueued. A caller that
+    /// is compiled for per-thread default streams means that one by 0, too, which cannot be told from
+    /// here.
+    ///
+    /// # Errors
+    /// [`Error::PerThreadStream`].
     ///
     /// # Safety
     /// `raw` must be a live stream (`CUstream`) of the device, and stay one until the value and its
     /// clones are gone. A buffer keeps a clone of the stream that it was last used with until it is
     /// used with another or closed.
-    pub unsafe fn borrowed(device: &Device, raw: StreamHandle) -> Self {
-        Self::from_raw(device, raw)
+    pub unsafe fn borrowed(device: &Device, raw: StreamHandle) -> Result<Self, Error> {
+        match raw {
+            StreamHandle::PER_THREAD => Err(Error::PerThreadStream),
+            raw => Ok(Self::from_raw(device, raw)),
+        }
     }
 }
 

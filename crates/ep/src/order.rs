@@ -93,7 +93,11 @@ impl Order {
             Parts::Both | Parts::Send => sequence.sent,
         };
         self.last = Some((operation, number));
-        if self.stream.as_ref().map(Stream::handle) != Some(stream.handle()) {
+        if !self
+            .stream
+            .as_ref()
+            .is_some_and(|last| last.is_same(stream))
+        {
             self.stream = Some(stream.clone());
         }
         number

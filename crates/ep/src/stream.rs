@@ -58,6 +58,16 @@ impl Stream {
         }
     }
 
+    /// Whether `other` is this stream, and lives no longer than this value lets it.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        match (&self.kind, &other.kind) {
+            (Kind::Owned(stream), Kind::Owned(other)) => Arc::ptr_eq(stream, other),
+            (Kind::Borrowed(handle), Kind::Borrowed(other)) => handle == other,
+            // One may have ended, and the other been given its number.
+            (Kind::Owned(_), Kind::Borrowed(_)) | (Kind::Borrowed(_), Kind::Owned(_)) => false,
+        }
+    }
+
     /// The stream's device.
     pub fn device(&self) -> &Device {
         &self.device

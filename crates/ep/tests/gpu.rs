@@ -398,8 +398,9 @@ fn captured(
 fn replay(case: &Case, comm: &Communicator) -> Result<(), String> {
     let device = device(comm.rank()).map_err(explain)?;
     let theirs = their_stream(&device)?;
+    let handle = StreamHandle(theirs.cu_stream() as u64);
     // SAFETY: the stream is of the device's primary context, and lives until this function ends.
-    let stream = unsafe { Stream::borrowed(&device, StreamHandle(theirs.cu_stream() as u64)) };
+    let stream = unsafe { Stream::borrowed(&device, handle) }.map_err(explain)?;
     let mut rank = Rank::new(&device, comm, case).map_err(explain)?.on(stream);
 
     let operations = 6;
@@ -470,8 +471,9 @@ fn operations_beside_other_work_on_gpus() {
 fn beside(case: &Case, comm: &Communicator) -> Result<(), String> {
     let device = device(comm.rank()).map_err(explain)?;
     let theirs = their_stream(&device)?;
+    let handle = StreamHandle(theirs.cu_stream() as u64);
     // SAFETY: the stream is of the device's primary context, and lives until this function ends.
-    let compute = unsafe { Stream::borrowed(&device, StreamHandle(theirs.cu_stream() as u64)) };
+    let compute = unsafe { Stream::borrowed(&device, handle) }.map_err(explain)?;
     let rank = Rank::new(&device, comm, case).map_err(explain)?;
     let inputs = case.inputs(0);
     let oracle = rank.oracle(0, &inputs);

@@ -1,6 +1,7 @@
-//! Launches that are refused. Such a launch has enqueued nothing: its operation comes back with an
-//! error that names rank and kernel, together with what it was given, and can be done again while
-//! the other ranks wait for it.
+//! Launches that are refused, and streams that are borrowed.
+//!
+//! A refused launch has enqueued nothing: its operation comes back with an error that names rank and
+//! kernel, together with what it was given, and can be done again while the other ranks wait for it.
 
 #![allow(unsafe_code, reason = "stands between the facade and the kernels")]
 
@@ -11,10 +12,11 @@ mod rig;
 use std::error::Error as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use ep::driver::DeviceOrdinal;
-use ep::{DType, Device, Error, Tensor};
+use ep::driver::{DeviceOrdinal, StreamHandle};
+use ep::{Buffer, Communicator, Config, DType, Device, Error, Stream, Tensor};
 use ep_kernels::{HostKernels, Kernel, Kernels, LaunchError, ffi};
 use ep_sim::{Cluster, SimDriver};
 
@@ -128,6 +130,53 @@ fn what_was_refused_can_be_done_again() {
         assert!(driver.live().is_empty(), "launch {n}: {:?}", driver.live());
     }
     println!("{} launches refused, each once", LAUNCHES.len());
+}
+
+/// Operations run on a caller's own stream and on the legacy default stream by either name. The
+/// default stream of a thread is refused: operations are waited for on other threads, too.
+#[test]
+fn a_borrowed_stream_is_one_stream_on_every_thread() {
+    let driver = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);
+    let device = Device::host(driver.clone(), DeviceOrdinal(0));
+    let comm = Communicator::threads(1).remove(0);
+    let config = Config::new(128, 1, 1, 1);
+    let buffer = Buffer::builder(&device, &comm, config).build().unwrap();
+    // SAFETY: default streams live as long as the device.
+    let of_thread = unsafe { Stream::borrowed(&device, StreamHandle::PER_THREAD) };
+    let error = of_thread.unwrap_err();
+    assert!(matches!(error, Error::PerThreadStream), "{error}");
+    assert!(error.to_string().contains("legacy default"), "{error}");
+
+    for raw in [StreamHandle(0), StreamHandle::LEGACY] {
+        // SAFETY: as above.
+        let stream = unsafe { Stream::borrowed(&device, raw) }.unwrap();
+        assert_eq!(stream.handle(), raw);
+        buffer.barrier(&stream, Duration::ZERO).unwrap();
+        let elsewhere = || stream.synchronize().and_then(|()| buffer.synchronize());
+        thread::scope(|scope| scope.spawn(elsewhere).join().unwrap()).unwrap();
+    }
+    buffer.close().unwrap();
+    assert!(driver.live().is_empty(), "{:?}", driver.live());
+}
+
+/// A stream that has the number of a borrowed one of before is kept all the same.
+#[test]
+fn a_buffer_keeps_the_stream_that_it_was_last_used_with() {
+    let driver = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);
+    let device = Device::host(driver.clone(), DeviceOrdinal(0));
+    let comm = Communicator::threads(1).remove(0);
+    let config = Config::new(128, 1, 1, 1);
+    let buffer = Buffer::builder(&device, &comm, config).build().unwrap();
+    let owned = Stream::new(&device).unwrap();
+    // SAFETY: the buffer is used with the owner next, and this value gone before it.
+    let borrowed = unsafe { Stream::borrowed(&device, owned.handle()) }.unwrap();
+    buffer.barrier(&borrowed, Duration::ZERO).unwrap();
+    buffer.barrier(&owned, Duration::ZERO).unwrap();
+    drop(borrowed);
+    drop(owned);
+    buffer.synchronize().unwrap();
+    buffer.close().unwrap();
+    assert!(driver.live().is_empty(), "{:?}", driver.live());
 }
 
 /// A layer in whole operations, one in parts, and a barrier. What is refused is told and repeated.
