@@ -1483,8 +1483,8 @@ extern "C" int32_t ep_dispatch_launch(const ep_dispatch_args* args, void* stream
   const Division division(*args, grid);
   const DispatchKernel& k = kernel_for(args->group.hidden, fp8, division.few_tokens);
   const Plan plan(*args, fp8, k.unit_lines, division);
-  e = allow_shared(k.kernel, plan.shared.bytes, args->group.device);
-  if (e == cudaSuccess)
-    e = launch(k.kernel, grid, k.threads, plan.shared.bytes, stream, *args, plan);
+  const int32_t status = allow_shared(k.kernel, plan.shared.bytes, args->group.device, cuda_error);
+  if (status != EP_LAUNCH_OK) return status;
+  e = launch(k.kernel, grid, k.threads, plan.shared.bytes, stream, *args, plan);
   return status_of(e, cuda_error);
 }

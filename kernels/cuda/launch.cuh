@@ -121,14 +121,16 @@ cudaError_t launch(void (*kernel)(Params...), unsigned grid, unsigned threads, s
 
 // Lets a kernel have more shared memory than it may by default: all that the device has, because
 // the limit is the kernel's, and another thread may be about to launch it with more than `bytes`.
+// Returns a launcher's status.
 template <class Kernel>
-cudaError_t allow_shared(Kernel* kernel, size_t bytes, int device) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
+int32_t allow_shared(Kernel* kernel, size_t bytes, int device, int32_t* cuda_error) {
+  if (bytes <= 48 * 1024) return EP_LAUNCH_OK;
   int most = 0;
-  const cudaError_t e =
-      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (e != cudaSuccess) return e;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (e == cudaSuccess && bytes > static_cast<size_t>(most)) return EP_LAUNCH_TOO_LARGE;
+  if (e == cudaSuccess)
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return status_of(e, cuda_error);
 }
 
 // Loads kernels onto the current device.

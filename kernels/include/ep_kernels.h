@@ -51,6 +51,7 @@ extern "C" {
 #define EP_LAUNCH_CUDA_ERROR 1  /* *cuda_error says which */
 #define EP_LAUNCH_BAD_ARGS 2    /* struct_size or a shape outside the limits */
 #define EP_LAUNCH_UNSUPPORTED 3 /* not on this device */
+#define EP_LAUNCH_TOO_LARGE 4   /* the shape needs more shared memory than a block has here */
 
 /* What a fault record reports. */
 #define EP_FAULT_NONE 0u

@@ -29,6 +29,7 @@ pub const EP_LAUNCH_OK: i32 = 0;
 pub const EP_LAUNCH_CUDA_ERROR: i32 = 1;
 pub const EP_LAUNCH_BAD_ARGS: i32 = 2;
 pub const EP_LAUNCH_UNSUPPORTED: i32 = 3;
+pub const EP_LAUNCH_TOO_LARGE: i32 = 4;
 pub const EP_FAULT_NONE: u32 = 0;
 pub const EP_FAULT_TIMEOUT: u32 = 1;
 pub const EP_FAULT_EXPERT_RANGE: u32 = 2;

@@ -115,6 +115,7 @@ fn outcome(kernel: Kernel, status: i32, error: i32) -> Result<(), LaunchError> {
     match status {
         ffi::EP_LAUNCH_OK => Ok(()),
         ffi::EP_LAUNCH_BAD_ARGS => Err(LaunchError::BadArgs { kernel }),
+        ffi::EP_LAUNCH_TOO_LARGE => Err(LaunchError::TooLarge { kernel }),
         ffi::EP_LAUNCH_UNSUPPORTED => Err(LaunchError::Unsupported { kernel }),
         _ => Err(LaunchError::Cuda { kernel, error }),
     }

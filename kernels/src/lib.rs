@@ -38,7 +38,7 @@ pub mod ffi {
 pub enum LaunchError {
     /// The CUDA runtime refused the launch.
     #[error(
-        "{kernel} was not launched: CUDA runtime error {error}; check that the stream belongs to the device and that the kernels were compiled for it"
+        "{kernel} was not launched: CUDA runtime error {error}; {}", cuda_hint(*error)
     )]
     Cuda {
         /// The kernel.
@@ -55,6 +55,14 @@ pub enum LaunchError {
         /// The kernel.
         kernel: Kernel,
     },
+    /// The shape needs more shared memory than a thread block of this device has.
+    #[error(
+        "{kernel} needs more shared memory for this shape than a block of the device has; lower hidden or the number of experts, or dispatch bf16"
+    )]
+    TooLarge {
+        /// The kernel.
+        kernel: Kernel,
+    },
     /// The device cannot run the kernel.
     #[error(
         "{kernel} does not run on this device; compile the kernels for its compute capability (EP_CUDA_ARCHS), 9.0 or newer"
@@ -63,6 +71,20 @@ pub enum LaunchError {
         /// The kernel.
         kernel: Kernel,
     },
+}
+
+/// What to check next. Errors of the context, which every later call of the process returns, are not
+/// the launch's.
+fn cuda_hint(error: i32) -> &'static str {
+    match error {
+        700 | 702 | 710 | 714..=719 => {
+            "a kernel of this process failed before, and the context with it; look for it with              compute-sanitizer, and start the process anew"
+        }
+        214 | 220 => "memory or an NVLink has an uncorrectable error; look for Xid in dmesg",
+        _ => {
+            "check that the stream belongs to the device and that the kernels were compiled for it"
+        }
+    }
 }
 
 /// A kernel's name in errors.

@@ -37,6 +37,21 @@ impl Status {
             Self::NO_DEVICE | Self::INVALID_DEVICE => "check CUDA_VISIBLE_DEVICES",
             Self::PEER_ACCESS_UNSUPPORTED => "check nvidia-smi topo -p2p r",
             Self::SYSTEM_NOT_READY => "check that nvidia-fabricmanager runs",
+            Self::ILLEGAL_ADDRESS
+            | Self::LAUNCH_TIMEOUT
+            | Self::ASSERT
+            | Self::HARDWARE_STACK_ERROR
+            | Self::ILLEGAL_INSTRUCTION
+            | Self::MISALIGNED_ADDRESS
+            | Self::INVALID_ADDRESS_SPACE
+            | Self::INVALID_PC
+            | Self::LAUNCH_FAILED => {
+                "a kernel of this process failed, and the context with it; look for it with \
+                 compute-sanitizer, and start the process anew"
+            }
+            Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE => {
+                "memory or an NVLink has an uncorrectable error; look for Xid in dmesg"
+            }
             _ => return None,
         })
     }
@@ -55,6 +70,7 @@ statuses! {
     MAP_FAILED = 205 => "CUDA_ERROR_MAP_FAILED",
     ALREADY_MAPPED = 208 => "CUDA_ERROR_ALREADY_MAPPED",
     NOT_MAPPED = 211 => "CUDA_ERROR_NOT_MAPPED",
+    ECC_UNCORRECTABLE = 214 => "CUDA_ERROR_ECC_UNCORRECTABLE",
     PEER_ACCESS_UNSUPPORTED = 217 => "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED",
     NVLINK_UNCORRECTABLE = 220 => "CUDA_ERROR_NVLINK_UNCORRECTABLE",
     FILE_NOT_FOUND = 301 => "CUDA_ERROR_FILE_NOT_FOUND",
@@ -67,7 +83,13 @@ statuses! {
     LAUNCH_TIMEOUT = 702 => "CUDA_ERROR_LAUNCH_TIMEOUT",
     PEER_ACCESS_ALREADY_ENABLED = 704 => "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED",
     PEER_ACCESS_NOT_ENABLED = 705 => "CUDA_ERROR_PEER_ACCESS_NOT_ENABLED",
+    ASSERT = 710 => "CUDA_ERROR_ASSERT",
     TOO_MANY_PEERS = 711 => "CUDA_ERROR_TOO_MANY_PEERS",
+    HARDWARE_STACK_ERROR = 714 => "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    ILLEGAL_INSTRUCTION = 715 => "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    MISALIGNED_ADDRESS = 716 => "CUDA_ERROR_MISALIGNED_ADDRESS",
+    INVALID_ADDRESS_SPACE = 717 => "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    INVALID_PC = 718 => "CUDA_ERROR_INVALID_PC",
     LAUNCH_FAILED = 719 => "CUDA_ERROR_LAUNCH_FAILED",
     NOT_PERMITTED = 800 => "CUDA_ERROR_NOT_PERMITTED",
     NOT_SUPPORTED = 801 => "CUDA_ERROR_NOT_SUPPORTED",

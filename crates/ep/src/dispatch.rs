@@ -80,6 +80,10 @@ impl DispatchOptions {
     }
 
     /// FP8, with scales of this form.
+    ///
+    /// Rows are quantised in shared memory. Where that is too small for a buffer's `hidden` and
+    /// number of experts (on Hopper for 65536 with 8192 experts on 4 ranks, not for 65536 with 4096),
+    /// such a dispatch is refused with [`LaunchError::TooLarge`](ep_kernels::LaunchError::TooLarge).
     pub fn fp8(scales: Scales) -> Self {
         Self {
             format: Format::Fp8(scales),

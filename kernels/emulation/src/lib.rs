@@ -55,6 +55,7 @@ unsafe fn launch<A>(kernel: Kernel, launcher: Launcher<A>, args: &A) -> Result<(
     match unsafe { launcher(args, ptr::null_mut(), &mut error) } {
         ffi::EP_LAUNCH_OK => Ok(()),
         ffi::EP_LAUNCH_BAD_ARGS => Err(LaunchError::BadArgs { kernel }),
+        ffi::EP_LAUNCH_TOO_LARGE => Err(LaunchError::TooLarge { kernel }),
         _ => Err(LaunchError::Cuda { kernel, error }),
     }
 }

@@ -9,9 +9,13 @@ mod harness;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use std::time::Duration;
+
 use common::{Case, Precision};
-use contract::{Order, Run, plain};
+use contract::{DISPATCH, Order, Run, plain};
 use ep_emulation::EmulatedKernels;
+use ep_kernels::{Kernel, LaunchError};
+use harness::{Tensors, World};
 
 // A case takes a few hundred times as long as with the host kernels.
 const CASES: u32 = 32;
@@ -55,4 +59,26 @@ fn few_tokens_for_the_blocks_that_there_are() {
             run.check().unwrap();
         }
     }
+}
+
+#[test]
+fn a_shape_for_which_shared_memory_is_too_small_is_refused() {
+    let case = Case {
+        precision: Precision::Fp8,
+        ..plain()
+    };
+    let world = World::new(&case, 1, 1, Duration::from_secs(60));
+    let tensors = Tensors::new(&case.inputs(0)[0]);
+    // The launcher refuses it before anything is read that these point to.
+    let mut args = world.dispatch_args(0, 0, &tensors, DISPATCH);
+    args.group.num_ranks = 4;
+    args.group.num_experts = 8192;
+    args.group.hidden = 65536;
+    let too_large = LaunchError::TooLarge {
+        kernel: Kernel::Dispatch,
+    };
+    assert_eq!(harness::dispatch(&args), Err(too_large));
+    assert!(too_large.to_string().contains("dispatch bf16"));
+    let begun = |part| world.ranks[0].control.word(counter(case.ranks, part));
+    assert_eq!([begun(0), begun(1)], [0, 0]);
 }
