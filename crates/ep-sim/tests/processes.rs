@@ -286,6 +286,81 @@ fn a_killed_maker_leaves_what_is_mapped() {
     opened.close().unwrap();
 }
 
+/// What CUDA leaves undefined, and a group relies on that a rank has left without closing: memory that
+/// is freed while another process has it open stays that process's.
+#[test]
+fn memory_that_is_freed_stays_with_those_who_opened_it() {
+    freed_while_open(
+        "memory_that_is_freed_stays_with_those_who_opened_it",
+        "sim0",
+        "sim1",
+    );
+}
+
+#[test]
+fn memory_that_is_freed_stays_with_those_who_opened_it_on_a_gpu() {
+    if gpu_is_here() {
+        freed_while_open(
+            "memory_that_is_freed_stays_with_those_who_opened_it_on_a_gpu",
+            "cuda",
+            "cuda",
+        );
+    }
+}
+
+fn freed_while_open(test: &str, here: &str, there: &str) {
+    let mut said = String::new();
+    if let Some(task) = task() {
+        let driver = driver(&task[0]);
+        let memory = DeviceMemory::new(&driver, DEVICE, GRANULE).unwrap();
+        driver
+            .copy_to_device(DEVICE, memory.ptr(), b"question")
+            .unwrap();
+        println!("\nmade {}", hex(&memory.ipc_handle().unwrap()));
+        std::io::stdin().read_line(&mut said).unwrap();
+        memory.close().unwrap();
+        let others = [(); 4].map(|()| DeviceMemory::new(&driver, DEVICE, GRANULE).unwrap());
+        let pattern = vec![0x55; GRANULE as usize];
+        for other in &others {
+            driver
+                .copy_to_device(DEVICE, other.ptr(), &pattern)
+                .unwrap();
+        }
+        println!("freed");
+        std::io::stdin().read_line(&mut said).unwrap();
+        for other in &others {
+            let mut bytes = vec![0; GRANULE as usize];
+            driver
+                .copy_to_host(DEVICE, &mut bytes, other.ptr())
+                .unwrap();
+            assert!(bytes == pattern);
+        }
+        return;
+    }
+    let mut command = child(test, &[there]);
+    let mut maker = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut ask = maker.stdin.take().unwrap();
+    let mut told = BufReader::new(maker.stdout.take().unwrap()).lines();
+    let mut hear = |what: &str| {
+        let mut lines = told.by_ref().map(|line| line.unwrap());
+        lines.find(|line| line.starts_with(what)).unwrap()
+    };
+
+    let handle = unhex(hear("made ").split(' ').nth(1).unwrap());
+    let driver = driver(here);
+    let opened = IpcMapping::open(&driver, DEVICE, &handle).unwrap();
+    writeln!(ask).unwrap();
+    hear("freed");
+    answer(&driver, opened.ptr());
+    writeln!(ask).unwrap();
+    assert!(maker.wait().unwrap().success());
+    assert_eq!(
+        &read::<6>(&driver, opened.ptr().offset(GRANULE - 6)),
+        b"answer"
+    );
+    opened.close().unwrap();
+}
+
 #[test]
 fn memory_of_a_maker_that_is_gone_is_refused() {
     if let Some(task) = task() {

@@ -351,7 +351,8 @@ struct Symmetric {
     /// Where this rank runs.
     identity: Identity,
     /// Whether peers use the allocation itself, as threads of this process do with plain memory. All
-    /// others have mappings that keep the memory behind them.
+    /// others have mappings that keep the memory behind them. Of CUDA IPC CUDA does not promise that;
+    /// it was found so on drivers of branch 580 (`ep-sim/tests/processes.rs`).
     is_direct: bool,
     /// Whether a refresh left a rank out. That rank has been told nothing, and may still use what it
     /// has of this memory.
