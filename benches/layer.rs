@@ -72,7 +72,9 @@ fn gpu(criterion: &mut Criterion, devices: &[Device]) {
 fn gpus() -> Result<Vec<Device>, Box<dyn std::error::Error>> {
     #[cfg(feature = "cuda")]
     {
-        let count = Device::cuda(DeviceOrdinal(0))?.driver().device_count()?;
+        use ep::driver::{CudaDriver, Driver as _};
+
+        let count = CudaDriver::load()?.device_count()?;
         let devices = (0..count).map(|gpu| Device::cuda(DeviceOrdinal(gpu)));
         Ok(devices.collect::<Result<_, _>>()?)
     }

@@ -77,10 +77,7 @@ impl Work for Sweep {
         if self.graph && device.backend() != "cuda" {
             return Err(NoGraphs.into());
         }
-        let all = device
-            .driver()
-            .device_info(device.ordinal())?
-            .multiprocessors;
+        let all = device.info()?.multiprocessors;
         let sms = self.sms.map_or(all, |cap| all.min(cap.get()));
 
         let mut bench = Bench::new(self, &device, &communicator, &x, &routes)?;

@@ -13,6 +13,9 @@ use crate::{
 /// combine. Every method may be called from any thread, makes the device's primary context current
 /// for its own duration only, and gives back the caller's.
 ///
+/// What a call frees, unmaps or writes must be the caller's own: the [crate](crate) says what its
+/// holder vouches for.
+///
 /// Sizes are bytes. Methods that take a stream are ordered on it; the others complete before they
 /// return and are ordered with no stream, not even the default one: synchronise first.
 pub trait Driver: fmt::Debug + Send + Sync {

@@ -10,11 +10,14 @@
 //! Safety story: `unsafe` lives in `cuda` and `nvml`, where function pointers are called. The trait
 //! takes and returns numbers in newtypes, never references to device memory, so implementing and
 //! calling it is safe: a wrong address is refused by the driver with a status, or by this crate
-//! where the driver would not survive it. There are two exceptions. Streams of a framework are
+//! where the driver would not survive it. There are three exceptions. Streams of a framework are
 //! welcome, so whoever passes a [`StreamHandle`] vouches that it names a live stream: not one of
-//! another origin, and not one that [`Driver`] has destroyed. And page-locked host memory is device
-//! memory too, so whoever passes such an address as a destination vouches that nothing in this
-//! process refers to the memory.
+//! another origin, and not one that [`Driver`] has destroyed. Page-locked host memory, and on some
+//! systems all of a process's memory, is device memory too, so whoever passes such an address as a
+//! destination vouches that nothing in this process refers to the memory. And a number does not say
+//! whose it is, so whoever frees, unmaps or writes by it vouches that it is theirs. The guards of
+//! [`vmm`] answer for what they hold. The facade hands its driver to nobody: only who opens a driver
+//! takes these promises on.
 
 mod call;
 mod caps;

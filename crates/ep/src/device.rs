@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use ep_kernels::{HostKernels, Kernels};
-use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, vmm};
+use ep_sys::{Bytes16, DeviceInfo, DeviceOrdinal, DevicePtr, Driver, vmm};
 
 use crate::Error;
 
@@ -22,6 +22,18 @@ use crate::Error;
 /// let device = Device::host(driver, DeviceOrdinal(1));
 /// assert_eq!(device.ordinal(), DeviceOrdinal(1));
 /// assert_eq!(device.backend(), "host");
+/// assert_eq!(device.info()?.multiprocessors, 132);
+/// # Ok::<(), ep::Error>(())
+/// ```
+///
+/// Nobody gets a device's driver: with it, safe code could free or write what tensors and buffers
+/// hold.
+///
+/// ```compile_fail,E0624
+/// # fn f(tensor: &ep::Tensor) {
+/// let device = tensor.device();
+/// device.driver().mem_free(device.ordinal(), tensor.ptr()); // error: `driver` is private
+/// # }
 /// ```
 #[derive(Clone)]
 pub struct Device {
@@ -94,8 +106,16 @@ impl Device {
         self.shared.kernels.name()
     }
 
-    /// The driver.
-    pub fn driver(&self) -> &Arc<dyn Driver> {
+    /// What the driver says of it: name, UUID, multiprocessors and more.
+    pub fn info(&self) -> Result<DeviceInfo, Error> {
+        self.driver()
+            .device_info(self.ordinal())
+            .map_err(Error::driver("asking for a device"))
+    }
+
+    /// The driver. Only for this crate: a driver frees and writes any address that it is told,
+    /// also one of another's tensor.
+    pub(crate) fn driver(&self) -> &Arc<dyn Driver> {
         &self.shared.driver
     }
 

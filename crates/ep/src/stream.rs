@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ep_sys::{StreamHandle, vmm};
+use ep_sys::{EventHandle, StreamHandle, vmm};
 
 use crate::{Device, Error, launch};
 
@@ -170,6 +170,11 @@ impl Event {
             event,
             device: device.clone(),
         })
+    }
+
+    /// The driver's handle.
+    pub fn handle(&self) -> EventHandle {
+        self.event.handle()
     }
 
     /// The event's device.

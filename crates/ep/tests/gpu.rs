@@ -596,20 +596,20 @@ impl<'r> Beside<'r> {
         let communication = &rank.stream;
         let copy = |to: &Tensor, from: &Tensor| {
             let device = rank.buffer.device();
-            device
-                .driver()
-                .copy_on_device(
+            let copied = CudaDriver::load().and_then(|driver| {
+                driver.copy_on_device(
                     device.ordinal(),
                     to.ptr(),
                     from.ptr(),
                     from.bytes(),
                     compute.handle(),
                 )
-                .map_err(|source| Error::Driver {
-                    rank: None,
-                    doing: "copying a tensor",
-                    source,
-                })
+            });
+            copied.map_err(|source| Error::Driver {
+                rank: None,
+                doing: "copying a tensor",
+                source,
+            })
         };
 
         work.fill(1, compute)?;
@@ -867,7 +867,8 @@ fn buffers_come_and_go_on_gpus() {
         return;
     };
     let case = case(ranks);
-    let free = |device: &Device| device.driver().mem_info(device.ordinal()).unwrap().0;
+    let driver = CudaDriver::load().unwrap();
+    let free = |device: &Device| driver.mem_info(device.ordinal()).unwrap().0;
     let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     group(ranks, |comm| {
         let device = device(comm.rank()).unwrap();
@@ -914,8 +915,7 @@ fn forced_fabric_is_refused_with_the_reason_on_gpus() {
     let case = case(ranks);
     let outcomes = group(ranks, |comm| {
         let device = device(comm.rank()).unwrap();
-        let driver: &Arc<dyn Driver> = device.driver();
-        if driver.host_facts().imex_channel {
+        if CudaDriver::load().unwrap().host_facts().imex_channel {
             eprintln!("skipped: this host has an IMEX channel");
             return None;
         }

@@ -187,9 +187,15 @@ fn every_kind_of_memory_over_processes() {
 
 /// Two ranks of one simulated process, each with a buffer for the usual case.
 fn pair<T: Send>(body: impl Fn(Rank<'_>) -> T + Sync) -> Vec<T> {
+    pair_of(|_, rank| body(rank))
+}
+
+/// The same, with their driver.
+fn pair_of<T: Send>(body: impl Fn(&Arc<SimDriver>, Rank<'_>) -> T + Sync) -> Vec<T> {
     let (case, driver) = (case(2), host(2));
     let outcomes = threads(2, |comm| {
-        body(Rank::new(&device(&driver, &comm), &comm, &case).unwrap())
+        let rank = Rank::new(&device(&driver, &comm), &comm, &case).unwrap();
+        body(&driver, rank)
     });
     assert!(driver.live().is_empty(), "left behind: {:?}", driver.live());
     outcomes
@@ -197,9 +203,9 @@ fn pair<T: Send>(body: impl Fn(Rank<'_>) -> T + Sync) -> Vec<T> {
 
 #[test]
 fn arguments_are_refused_by_name_and_the_buffer_stays_usable() {
-    pair(|rank| {
+    pair_of(|driver, rank| {
         let device = rank.buffer.device().clone();
-        let other = Device::host(device.driver().clone(), DeviceOrdinal(7));
+        let other = Device::host(driver.clone(), DeviceOrdinal(7));
         let tensor = |dtype, dims: [usize; 2]| Tensor::new(&device, dtype, dims).unwrap();
         let (good_x, good_idx) = (tensor(DType::Bf16, [7, 256]), tensor(DType::I64, [7, 4]));
         let refused = |x: &Tensor, topk_idx: &Tensor, weights: Option<&Tensor>, options| {
@@ -400,10 +406,10 @@ fn dispatch_asked(
 
 #[test]
 fn totals_and_waits_are_refused_by_name() {
-    pair(|rank| {
+    pair_of(|driver, rank| {
         let device = rank.buffer.device().clone();
         let other = DeviceOrdinal(1 - device.ordinal().0);
-        let other = Device::host(device.driver().clone(), other);
+        let other = Device::host(driver.clone(), other);
         let tensor = |dtype, len| Some(Tensor::new(&device, dtype, [len]).unwrap());
         let elsewhere = |len| Some(Tensor::new(&other, DType::I64, [len]).unwrap());
         let wrong = [

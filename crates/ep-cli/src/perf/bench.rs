@@ -3,10 +3,9 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use ep::driver::vmm::Event;
 use ep::{
     Buffer, CombineInput, Communicator, Config, DType, Device, DispatchInput, DispatchOptions,
-    DispatchOutput, Plan, Scales, Stream, Tensor,
+    DispatchOutput, Event, Plan, Scales, Stream, Tensor,
 };
 use half::bf16;
 
@@ -131,7 +130,7 @@ impl Bench {
         let marks = Marks::new(self.buffer.device())?;
         let mut times = Times::default();
         for _ in 0..calls {
-            self.pass(|point, stream| Ok(marks.event(point).record(stream.handle())?))?;
+            self.pass(|point, stream| Ok(marks.event(point).record(stream)?))?;
             self.stream.synchronize()?;
             self.check()?;
             marks.read(&mut times)?;
@@ -218,8 +217,8 @@ pub(super) enum Point {
 pub(super) struct Marks([Event; 6]);
 
 impl Marks {
-    fn new(device: &Device) -> Result<Self, ep::driver::Error> {
-        let event = || Event::new(device.driver(), device.ordinal(), true);
+    fn new(device: &Device) -> Result<Self, ep::Error> {
+        let event = || Event::new(device);
         Ok(Self([
             event()?,
             event()?,
@@ -235,7 +234,7 @@ impl Marks {
     }
 
     /// Adds the times of a pass that the stream has passed.
-    fn read(&self, times: &mut Times) -> Result<(), ep::driver::Error> {
+    fn read(&self, times: &mut Times) -> Result<(), ep::Error> {
         let between = |begin, end| self.event(end).elapsed_us(self.event(begin));
         let dispatch = between(Point::BeforeDispatch, Point::AfterDispatch)?;
         let combine = between(Point::BeforeCombine, Point::AfterCombine)?;

@@ -10,8 +10,7 @@ use std::sync::Arc;
 
 use cudarc::driver::result::{graph, stream};
 use cudarc::driver::{CudaContext, DriverError, sys};
-use ep::Stream;
-use ep::driver::vmm::Event;
+use ep::{Event, Stream};
 
 use super::bench::{Bench, Marks};
 use crate::failure::Failure;
