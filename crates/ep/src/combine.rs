@@ -57,8 +57,8 @@ impl Buffer {
     ///
     /// # Errors
     /// The arguments are checked before anything is launched, the buffer stays usable, and the
-    /// handle comes back with the error. A rank that does not come in time is no error here but a
-    /// [fault](Self::faults).
+    /// handle comes back with the error; `?` [gives it up](Rejected). A rank that does not come in
+    /// time is no error here but a [fault](Self::faults).
     pub fn combine<'o>(
         &self,
         stream: &Stream,
@@ -149,7 +149,8 @@ impl PendingCombine<'_> {
     /// it.
     ///
     /// # Errors
-    /// As for [`Buffer::combine`]; the pending combine comes back with the error.
+    /// As for [`Buffer::combine`]; the pending combine comes back with the error, and `?`
+    /// [gives it up](Rejected).
     pub fn receive<'o>(
         self,
         stream: &Stream,

@@ -430,7 +430,8 @@ impl PendingDispatch<'_> {
     /// stream has passed it.
     ///
     /// # Errors
-    /// As for [`Buffer::dispatch`]; the pending dispatch comes back with the error.
+    /// As for [`Buffer::dispatch`]; the pending dispatch comes back with the error, and `?`
+    /// [gives it up](Rejected).
     pub fn receive<'o>(
         self,
         stream: &Stream,

@@ -378,6 +378,20 @@ pub enum ArgumentError {
 }
 
 /// Something that an operation did not take, and why. What it was given comes back.
+///
+/// With [`operand`](Self::operand) the operation can be done again, and should be: the other ranks do
+/// it too. `?` in a function that returns [`Error`] gives it up instead. The operand is dropped,
+/// which is logged as a warning, and with it
+///
+/// - a [`Handle`](crate::Handle): its slot is free again, and this rank has left out a combine. Where
+///   the others do not leave it out, too, ranks are out of step: their combine waits for this rank
+///   until the time-out and reports it;
+/// - a [`PendingDispatch`](crate::PendingDispatch) or [`PendingCombine`](crate::PendingCombine): the
+///   buffer refuses whatever follows with [`Error::Abandoned`] until it is refreshed.
+///
+/// The conversion is there all the same. A refused argument is mostly a mistake of the program, which
+/// no second attempt with the same argument mends; its caller ends, and should end by `?`.
+#[must_use = "the operation has not happened, and its operand is in here"]
 pub struct Rejected<T> {
     /// What was given.
     pub operand: T,
@@ -412,9 +426,13 @@ impl<T> fmt::Debug for Rejected<T> {
     }
 }
 
+/// Gives the operation up: drops the operand, and logs that.
 impl<T> From<Rejected<T>> for Error {
-    fn from(rejected: Rejected<T>) -> Self {
-        *rejected.error
+    fn from(Rejected { operand, error }: Rejected<T>) -> Self {
+        let dropped = std::any::type_name::<T>();
+        tracing::warn!(dropped, %error, "a refused operation was given up with what it was given");
+        drop(operand);
+        *error
     }
 }
 

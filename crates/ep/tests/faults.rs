@@ -16,7 +16,10 @@ use std::thread;
 use std::time::Duration;
 
 use ep::driver::{Call, DeviceOrdinal, Driver, Status};
-use ep::{BackendKind, Buffer, Choice, Communicator, Device, Event, Stream};
+use ep::{
+    BackendKind, Buffer, Choice, CombineInput, Communicator, Config, DType, Device, DispatchInput,
+    DispatchOptions, Error, Event, Handle, Scales, Stream, Tensor,
+};
 use ep_sim::{Cluster, Entry, FaultPlan, IpcNamespace, Outcome, SimDriver};
 use parking_lot::Mutex;
 use tracing::field::{Field, Visit};
@@ -253,6 +256,55 @@ fn tensors_streams_and_events() {
     group.run(&ranks);
     group.end(ranks);
     sweep.end();
+}
+
+/// `?` gives a refused operation up. That is told, and what was given is gone as if it were dropped.
+#[test]
+fn a_refused_operation_that_is_given_up_is_logged() {
+    let driver = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);
+    let device = Device::host(driver.clone(), DeviceOrdinal(0));
+    let comm = Communicator::threads(1).remove(0);
+    let config = Config::new(128, 1, 1, 1);
+    let buffer = Buffer::builder(&device, &comm, config).build().unwrap();
+    let stream = Stream::new(&device).unwrap();
+    let x = Tensor::from_host(&device, DType::Bf16, [1, 128], &[0_u16; 128]).unwrap();
+    let topk_idx = Tensor::from_host(&device, DType::I64, [1, 1], &[0_i64]).unwrap();
+    let input = DispatchInput {
+        x: x.view(),
+        topk_idx: topk_idx.view(),
+        topk_weights: None,
+    };
+    let options = DispatchOptions::bf16();
+    let mut received = buffer.new_output(&options).unwrap();
+    let mut wrong = Tensor::new(&device, DType::F32, [1, 128]).unwrap();
+
+    // More often than there are slots.
+    for _ in 0..=config.slots {
+        let handle = buffer
+            .dispatch(&stream, &input, &options, &mut received)
+            .unwrap();
+        let (given_up, log) = logged(|| -> Result<(), Error> {
+            let y = CombineInput::new(&received.recv_x);
+            Ok(buffer.combine(&stream, handle, &y, &mut wrong)?)
+        });
+        assert!(matches!(given_up, Err(Error::Argument { .. })));
+        assert!(log.contains("WARN"), "{log}");
+        assert!(log.contains("given up") && log.contains("Handle"), "{log}");
+    }
+
+    let mut wrong = buffer
+        .new_output(&DispatchOptions::fp8(Scales::F32))
+        .unwrap();
+    let pending = buffer.dispatch_send(&stream, &input, &options).unwrap();
+    let (given_up, log) =
+        logged(|| -> Result<Handle, Error> { Ok(pending.receive(&stream, &mut wrong)?) });
+    assert!(matches!(given_up, Err(Error::Argument { .. })));
+    assert!(log.contains("PendingDispatch"), "{log}");
+    assert!(matches!(
+        buffer.dispatch(&stream, &input, &options, &mut received),
+        Err(Error::Abandoned { .. })
+    ));
+    buffer.close().unwrap();
 }
 
 // ---- Groups ----
