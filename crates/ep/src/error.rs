@@ -355,8 +355,9 @@ pub enum ArgumentError {
         /// The address.
         ptr: DevicePtr,
     },
-    /// A number is too large for the buffer, or zero.
-    #[error("{field} is {got}; the buffer takes {min} to {max}")]
+    /// A number is too large or too small: for the buffer or, without one, for the kernel or the
+    /// other arguments.
+    #[error("{field} is {got}; it must be {min} to {max}")]
     Range {
         /// The argument.
         field: &'static str,
