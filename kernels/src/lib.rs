@@ -36,10 +36,9 @@ pub mod ffi {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LaunchError {
-    /// The CUDA runtime refused the launch.
-    #[error(
-        "{kernel} was not launched: CUDA runtime error {error}; {}", cuda_hint(*error)
-    )]
+    /// The CUDA runtime refused the launch. Not always for what was launched: see
+    /// [`is_context_lost`](Self::is_context_lost).
+    #[error("{kernel} was not launched: CUDA runtime error {error}; {}", hint(*error))]
     Cuda {
         /// The kernel.
         kernel: Kernel,
@@ -73,14 +72,35 @@ pub enum LaunchError {
     },
 }
 
-/// What to check next. Errors of the context, which every later call of the process returns, are not
-/// the launch's.
-fn cuda_hint(error: i32) -> &'static str {
+impl LaunchError {
+    /// Whether an earlier kernel of the process failed on the device, the caller's or one of these.
+    /// CUDA then answers every call with the same error, so this launch is not to blame; only a new
+    /// process can go on.
+    pub fn is_context_lost(&self) -> bool {
+        matches!(self, Self::Cuda { error, .. } if is_sticky(*error))
+    }
+}
+
+/// The errors of which CUDA documents that the process must be ended, and those of memory and
+/// links that are broken: 214 ECC, 220 NVLink, 226 contained, 700 illegal address, 702 time-out,
+/// 710 assert, 714 hardware stack, 715 illegal instruction, 716 misaligned address, 717 address
+/// space, 718 program counter, 719 launch failure, 721 tensor memory.
+fn is_sticky(error: i32) -> bool {
+    matches!(error, 214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721)
+}
+
+/// What to check next.
+fn hint(error: i32) -> &'static str {
     match error {
-        700 | 702 | 710 | 714..=719 => {
-            "a kernel of this process failed before, and the context with it; look for it with              compute-sanitizer, and start the process anew"
+        214 | 220 | 226 => {
+            "an earlier kernel met broken memory or a broken link, and the context is lost: end the \
+             process; check dmesg for Xid, and nvidia-smi -q -d ECC or nvidia-smi nvlink -e"
         }
-        214 | 220 => "memory or an NVLink has an uncorrectable error; look for Xid in dmesg",
+        error if is_sticky(error) => {
+            "an earlier kernel of this process failed on the device, and the context is lost: end \
+             the process; run it with compute-sanitizer to find that kernel, and check dmesg for \
+             Xid"
+        }
         _ => {
             "check that the stream belongs to the device and that the kernels were compiled for it"
         }
@@ -154,4 +174,41 @@ pub trait Kernels: fmt::Debug + Send + Sync {
     /// # Safety
     /// `stream` must be a live stream of the device `args.device`.
     unsafe fn empty(&self, args: &ffi::ep_empty_args, stream: u64) -> Result<(), LaunchError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_an_earlier_kernel_left_says_so() {
+        let refused = |error| LaunchError::Cuda {
+            kernel: Kernel::Combine,
+            error,
+        };
+        for error in [
+            214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721,
+        ] {
+            let refused = refused(error);
+            assert!(refused.is_context_lost(), "{error}");
+            let text = refused.to_string();
+            assert!(
+                text.contains(&format!("error {error}; an earlier kernel")),
+                "{text}"
+            );
+            assert!(text.contains("end the process"), "{text}");
+            assert!(!text.contains("the stream belongs"), "{text}");
+        }
+        // Out of resources, no image for the device, an invalid stream, a capture that is spoiled.
+        for error in [1, 209, 400, 701, 704, 713, 720, 901] {
+            let refused = refused(error);
+            assert!(!refused.is_context_lost(), "{error}");
+            assert!(
+                refused.to_string().contains("the stream belongs"),
+                "{refused}"
+            );
+        }
+        let kernel = Kernel::Combine;
+        assert!(!LaunchError::BadArgs { kernel }.is_context_lost());
+    }
 }

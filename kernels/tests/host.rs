@@ -195,21 +195,6 @@ fn bad_combine_and_barrier_arguments_are_refused() {
 }
 
 #[test]
-fn an_error_of_the_context_is_not_blamed_on_the_launch() {
-    let text = |error| {
-        let kernel = Kernel::Dispatch;
-        LaunchError::Cuda { kernel, error }.to_string()
-    };
-    for illegal_address_or_failed_kernel in [700, 719] {
-        let text = text(illegal_address_or_failed_kernel);
-        assert!(text.contains("failed before"), "{text}");
-        assert!(!text.contains("stream"), "{text}");
-    }
-    let text = text(400);
-    assert!(text.contains("the stream belongs to the device"), "{text}");
-}
-
-#[test]
 fn the_oracle_notices_one_wrong_bit() {
     let case = Case {
         precision: Precision::Fp8,

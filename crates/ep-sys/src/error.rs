@@ -26,6 +26,27 @@ macro_rules! statuses {
 }
 
 impl Status {
+    /// Whether an earlier kernel of the process failed on the device. The driver then answers every
+    /// call on it with the same status, so the call is not to blame; only a new process can go on.
+    pub fn is_context_lost(self) -> bool {
+        matches!(
+            self,
+            Self::ECC_UNCORRECTABLE
+                | Self::NVLINK_UNCORRECTABLE
+                | Self::CONTAINED
+                | Self::ILLEGAL_ADDRESS
+                | Self::LAUNCH_TIMEOUT
+                | Self::ASSERT
+                | Self::HARDWARE_STACK_ERROR
+                | Self::ILLEGAL_INSTRUCTION
+                | Self::MISALIGNED_ADDRESS
+                | Self::INVALID_ADDRESS_SPACE
+                | Self::INVALID_PC
+                | Self::LAUNCH_FAILED
+                | Self::TENSOR_MEMORY_LEAK
+        )
+    }
+
     /// What an operator should check next, where the status tells by itself, whichever call
     /// returned it.
     pub fn advice(self) -> Option<&'static str> {
@@ -37,20 +58,14 @@ impl Status {
             Self::NO_DEVICE | Self::INVALID_DEVICE => "check CUDA_VISIBLE_DEVICES",
             Self::PEER_ACCESS_UNSUPPORTED => "check nvidia-smi topo -p2p r",
             Self::SYSTEM_NOT_READY => "check that nvidia-fabricmanager runs",
-            Self::ILLEGAL_ADDRESS
-            | Self::LAUNCH_TIMEOUT
-            | Self::ASSERT
-            | Self::HARDWARE_STACK_ERROR
-            | Self::ILLEGAL_INSTRUCTION
-            | Self::MISALIGNED_ADDRESS
-            | Self::INVALID_ADDRESS_SPACE
-            | Self::INVALID_PC
-            | Self::LAUNCH_FAILED => {
-                "a kernel of this process failed, and the context with it; look for it with \
-                 compute-sanitizer, and start the process anew"
+            Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE | Self::CONTAINED => {
+                "an earlier kernel met broken memory or a broken link, and the context is lost: end \
+                 the process; check dmesg for Xid, and nvidia-smi -q -d ECC or nvidia-smi nvlink -e"
             }
-            Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE => {
-                "memory or an NVLink has an uncorrectable error; look for Xid in dmesg"
+            status if status.is_context_lost() => {
+                "an earlier kernel of this process failed on the device, and the context is lost: \
+                 end the process; run it with compute-sanitizer to find that kernel, and check \
+                 dmesg for Xid"
             }
             _ => return None,
         })
@@ -73,6 +88,7 @@ statuses! {
     ECC_UNCORRECTABLE = 214 => "CUDA_ERROR_ECC_UNCORRECTABLE",
     PEER_ACCESS_UNSUPPORTED = 217 => "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED",
     NVLINK_UNCORRECTABLE = 220 => "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    CONTAINED = 226 => "CUDA_ERROR_CONTAINED",
     FILE_NOT_FOUND = 301 => "CUDA_ERROR_FILE_NOT_FOUND",
     OPERATING_SYSTEM = 304 => "CUDA_ERROR_OPERATING_SYSTEM",
     INVALID_HANDLE = 400 => "CUDA_ERROR_INVALID_HANDLE",
@@ -91,6 +107,7 @@ statuses! {
     INVALID_ADDRESS_SPACE = 717 => "CUDA_ERROR_INVALID_ADDRESS_SPACE",
     INVALID_PC = 718 => "CUDA_ERROR_INVALID_PC",
     LAUNCH_FAILED = 719 => "CUDA_ERROR_LAUNCH_FAILED",
+    TENSOR_MEMORY_LEAK = 721 => "CUDA_ERROR_TENSOR_MEMORY_LEAK",
     NOT_PERMITTED = 800 => "CUDA_ERROR_NOT_PERMITTED",
     NOT_SUPPORTED = 801 => "CUDA_ERROR_NOT_SUPPORTED",
     SYSTEM_NOT_READY = 802 => "CUDA_ERROR_SYSTEM_NOT_READY",

@@ -113,6 +113,36 @@ fn a_process_has_one_driver_as_long_as_it_is_held() {
     assert_eq!(inits(fake.journal()), 1);
 }
 
+/// The call is not to blame, so what it is for is no hint.
+#[test]
+fn a_status_that_an_earlier_kernel_left_says_so() {
+    let Some(fake) = Fake::libcuda(&["FAIL=\"cuStreamSynchronize\"", "STATUS=719"]) else {
+        return;
+    };
+    let driver = ready(&fake, D0);
+    let error = driver.stream_synchronize(D0, StreamHandle(0)).unwrap_err();
+    assert!(error.status().unwrap().is_context_lost());
+    let error = error.to_string();
+    let expected = "returned 719 CUDA_ERROR_LAUNCH_FAILED; an earlier kernel of this process";
+    assert!(error.contains(expected), "{error}");
+
+    for status in [214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 721].map(Status) {
+        assert!(
+            status.is_context_lost() && status.name().is_some(),
+            "{status}"
+        );
+        let advice = status.advice().unwrap();
+        assert!(advice.contains("end the process"), "{status}: {advice}");
+    }
+    for status in [
+        Status::INVALID_VALUE,
+        Status::OUT_OF_MEMORY,
+        Status::TOO_MANY_PEERS,
+    ] {
+        assert!(!status.is_context_lost(), "{status}");
+    }
+}
+
 #[test]
 fn a_missing_symbol_fails_only_the_call_that_needs_it() {
     let Some(fake) = Fake::libcuda(&["cuMemCreate=absent"]) else {
