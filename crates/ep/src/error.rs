@@ -469,7 +469,8 @@ impl Error {
             Self::Driver { source, .. } => Some(Failure::from(source)),
             Self::Memory { source, .. } => source.failure(),
             Self::Group {
-                source: ep_peers::Error::Driver { source, .. },
+                source:
+                    ep_peers::Error::Driver { source, .. } | ep_peers::Error::Release { source, .. },
                 ..
             } => Some(Failure::from(source)),
             _ => None,

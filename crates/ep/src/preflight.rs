@@ -82,11 +82,14 @@ impl Preflight {
     }
 
     /// Tries what each device can share, agrees on one kind, allocates and connects a granule of it,
-    /// and gives everything back. The report is the same on every rank.
+    /// and gives everything back. Every rank has a report or none has: with the same findings, and
+    /// naming the rank that failed where one did. Only that rank's own report has the whole error.
     ///
     /// # Errors
-    /// The group broke, or a rank has no valid settings. That no memory suits the group is no error
-    /// but a [`Report`].
+    /// A rank has no valid settings, or the group broke: a rank was gone, or did not come within the
+    /// deadline. That no memory suits the group, or that a call failed on one rank, is no error but a
+    /// [`Report`]. If the group breaks while its last step ends, ranks that had finished have a report
+    /// nonetheless.
     pub fn run(self) -> Result<Report, Error> {
         let rank = self.comm.rank();
         self.run_here().map_err(|error| error.of_rank(rank))
@@ -144,7 +147,8 @@ const GENERATION: u64 = 0;
 pub struct Report {
     /// What every rank found by trying, by rank.
     pub facts: Vec<RankFacts>,
-    /// The memory that the group would use, or why there is none for it.
+    /// The memory that the group would use, or why there is none for it: none suits it, or a rank
+    /// failed in allocating, connecting, copying or giving back.
     pub plan: Result<Plan, Error>,
     /// The backend of the plan; without a plan the one that is forced, or that was tried last.
     pub backend: BackendKind,
@@ -200,8 +204,7 @@ impl Report {
             last = plan.backend;
             let ties = match Ties::new(session, device, &facts, plan.backend, bytes) {
                 Ok(ties) => ties,
-                Err(error @ Error::Group { .. }) => return Err(error),
-                Err(error) => break Err(error),
+                Err(error) => break Err(to_report(session, error)?),
             };
             let is_connected = evidence.learn(plan.backend, &ties);
             let verdicts = ties.verdicts();
@@ -212,13 +215,21 @@ impl Report {
                 true => ties.close(session),
                 false => ties.abandon(session),
             };
+            // Who could not give something back is the first to know, and tells the others.
+            let left = session.agree("leaving", own_failure(left));
+            let (bandwidth, failed) = match first_of(rates, left) {
+                Ok(rates) => (rates, None),
+                Err(error) => (None, Some(to_report(session, error)?)),
+            };
             attempts.push(Attempt {
                 backend: plan.backend,
                 verdicts,
-                bandwidth: first_of(rates, left)?,
+                bandwidth,
             });
-            if is_connected {
-                break Ok(plan);
+            match failed {
+                Some(error) => break Err(error),
+                None if is_connected => break Ok(plan),
+                None => {}
             }
         };
         let backend = match &plan {
@@ -424,6 +435,27 @@ impl Report {
     }
 }
 
+/// An error of which every rank has its own. If the group still stands, it is something to report;
+/// if not, it is why there is no report.
+fn to_report(session: &Session, error: Error) -> Result<Error, Error> {
+    let error = error.of_rank(session.rank());
+    match session.gather("failure", &[]) {
+        Ok(_) => Ok(error),
+        Err(_) => Err(error),
+    }
+}
+
+/// What a peer could not give back is that peer's to tell.
+fn own_failure(left: Result<(), Error>) -> Result<(), Error> {
+    match left {
+        Err(Error::Group {
+            source: ep_peers::Error::PeerRelease { .. },
+            ..
+        }) => Ok(()),
+        left => left,
+    }
+}
+
 impl Problem {
     /// An error's own words; they end with what to check.
     fn of(error: &Error) -> Self {
@@ -433,7 +465,14 @@ impl Problem {
                 ..
             } => vec![first.0, second.0],
             Error::Peer { peer, .. } => vec![*peer],
-            Error::Memory { rank, .. } => vec![*rank],
+            Error::Memory { rank, .. }
+            | Error::Driver {
+                rank: Some(rank), ..
+            }
+            | Error::Group {
+                rank,
+                source: ep_peers::Error::Driver { .. } | ep_peers::Error::Release { .. },
+            } => vec![*rank],
             _ => Vec::new(),
         };
         let mut cause: &dyn std::error::Error = error;
