@@ -47,6 +47,9 @@ impl BufferBuilder {
 
     /// Bound on each step of setting up and tearing down that waits for other ranks. Unless set,
     /// `EP_DEADLINE_MS`, and without it 60 s. Zero is refused when the buffer is built.
+    ///
+    /// [Refreshing](Buffer::refresh) and [closing](Buffer::close) begin when a rank's stream has
+    /// finished, so what is enqueued behind a rank that never comes must time out within it.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
