@@ -93,8 +93,9 @@ fn is_sticky(error: i32) -> bool {
 fn hint(error: i32) -> &'static str {
     match error {
         214 | 220 | 226 => {
-            "an earlier kernel met broken memory or a broken link, and the context is lost: end the \
-             process; check dmesg for Xid, and nvidia-smi -q -d ECC or nvidia-smi nvlink -e"
+            "an earlier kernel met broken memory or a broken link, and the context is lost: \
+             end the process; check dmesg for Xid, and nvidia-smi -q -d ECC or \
+             nvidia-smi nvlink -e"
         }
         error if is_sticky(error) => {
             "an earlier kernel of this process failed on the device, and the context is lost: end \

@@ -59,8 +59,9 @@ impl Status {
             Self::PEER_ACCESS_UNSUPPORTED => "check nvidia-smi topo -p2p r",
             Self::SYSTEM_NOT_READY => "check that nvidia-fabricmanager runs",
             Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE | Self::CONTAINED => {
-                "an earlier kernel met broken memory or a broken link, and the context is lost: end \
-                 the process; check dmesg for Xid, and nvidia-smi -q -d ECC or nvidia-smi nvlink -e"
+                "an earlier kernel met broken memory or a broken link, and the context is lost: \
+                 end the process; check dmesg for Xid, and nvidia-smi -q -d ECC or \
+                 nvidia-smi nvlink -e"
             }
             status if status.is_context_lost() => {
                 "an earlier kernel of this process failed on the device, and the context is lost: \

@@ -16,8 +16,8 @@
 //! systems all of a process's memory, is device memory too, so whoever passes such an address as a
 //! destination vouches that nothing in this process refers to the memory. And a number does not say
 //! whose it is, so whoever frees, unmaps or writes by it vouches that it is theirs. The guards of
-//! [`vmm`] answer for what they hold. The facade hands its driver to nobody: only who opens a driver
-//! takes these promises on.
+//! [`vmm`] answer for what they hold. The facade hands its driver to nobody: only who opens a
+//! driver takes these promises on.
 
 mod call;
 mod caps;

@@ -100,10 +100,10 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// on without that rank and [reports](Self::faults) it; the buffer stays usable with the others.
 ///
 /// # End
-/// [`close`](Self::close) waits for the last stream, which has no bound of its own, and for the other
-/// ranks, within the deadline, and gives everything back. Dropping does the same and logs what it
-/// cannot report. Every rank closes at the same place of the sequence. Work that the buffer did not
-/// enqueue, such as a replayed graph, must have ended before.
+/// [`close`](Self::close) waits for the last stream, which has no bound of its own, and for the
+/// other ranks, within the deadline, and gives everything back. Dropping does the same and logs
+/// what it cannot report. Every rank closes at the same place of the sequence. Work that the buffer
+/// did not enqueue, such as a replayed graph, must have ended before.
 #[derive(Debug)]
 pub struct Buffer {
     // The connection ends first: after it no peer uses this rank's memory.
@@ -247,12 +247,12 @@ impl Buffer {
     /// buffer was last used with; replays, and operations on other streams, must have ended before.
     ///
     /// # How long it takes
-    /// As for [`close`](Self::close), the stream comes first: N enqueued operations behind a rank that
-    /// never comes take N [time-outs](BufferBuilder::timeout), and nothing ends them early. Then come
-    /// five steps with the members, each within the [deadline](BufferBuilder::deadline). A member that
-    /// does not come breaks the group, so no later step waits: it costs one deadline. Members whose
-    /// streams are empty wait in the first step for those whose streams are not, so the deadline must
-    /// be longer than N time-outs.
+    /// As for [`close`](Self::close), the stream comes first: N enqueued operations behind a rank
+    /// that never comes take N [time-outs](BufferBuilder::timeout), and nothing ends them early.
+    /// Then come five steps with the members, each within the [deadline](BufferBuilder::deadline).
+    /// A member that does not come breaks the group, so no later step waits: it costs one deadline.
+    /// Members whose streams are empty wait in the first step for those whose streams are not, so
+    /// the deadline must be longer than N time-outs.
     ///
     /// # Errors
     /// Members that do not fit the communicator or this rank are refused, and nothing has changed.
@@ -277,15 +277,15 @@ impl Buffer {
     ///
     /// # How long it takes
     /// At most what the stream takes and then one [deadline](BufferBuilder::deadline) for the other
-    /// ranks; driver calls come on top. Operations behind a rank that never comes each end after the
-    /// [time-out](BufferBuilder::timeout), one after the other: N of them that the stream has not
-    /// passed take N × time-out, and a barrier's `spin` and the caller's own work are added. A combine
-    /// that is given weights waits for the weights and for the sums, so it counts twice. Enqueued
-    /// operations cannot be called back: with the defaults, 10 s and 60 s, a hundred of them take
-    /// more than a quarter of an hour. Enqueue fewer ahead, or give a shorter time-out.
+    /// ranks; driver calls come on top. Operations behind a rank that never comes each end after
+    /// the [time-out](BufferBuilder::timeout), one after the other: N of them that the stream has
+    /// not passed take N × time-out, and a barrier's `spin` and the caller's own work are added. A
+    /// combine that is given weights waits for the weights and for the sums, so it counts twice.
+    /// Enqueued operations cannot be called back: with the defaults, 10 s and 60 s, a hundred of
+    /// them take more than a quarter of an hour. Enqueue fewer ahead, or give a shorter time-out.
     ///
-    /// The other ranks' deadline begins when their own streams have finished. If these are empty, it
-    /// must be longer than this rank's N time-outs, or they leave without it.
+    /// The other ranks' deadline begins when their own streams have finished. If these are empty,
+    /// it must be longer than this rank's N time-outs, or they leave without it.
     ///
     /// # Errors
     /// The first thing that went wrong; the rest has been given back all the same. When other ranks

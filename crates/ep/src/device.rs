@@ -61,8 +61,8 @@ impl Device {
         }
     }
 
-    /// The GPU with this number among those that the process sees, with the CUDA kernels. Devices of
-    /// one number are one device, however often they are made.
+    /// The GPU with this number among those that the process sees, with the CUDA kernels. Devices
+    /// of one number are one device, however often they are made.
     ///
     /// # Errors
     /// [`Error::Driver`] if there is no driver or no such GPU among those that the process sees,

@@ -380,18 +380,18 @@ pub enum ArgumentError {
 
 /// Something that an operation did not take, and why. What it was given comes back.
 ///
-/// With [`operand`](Self::operand) the operation can be done again, and should be: the other ranks do
-/// it too. `?` in a function that returns [`Error`] gives it up instead. The operand is dropped,
+/// With [`operand`](Self::operand) the operation can be done again, and should be: the other ranks
+/// do it too. `?` in a function that returns [`Error`] gives it up instead. The operand is dropped,
 /// which is logged as a warning, and with it
 ///
-/// - a [`Handle`](crate::Handle): its slot is free again, and this rank has left out a combine. Where
-///   the others do not leave it out, too, ranks are out of step: their combine waits for this rank
-///   until the time-out and reports it;
-/// - a [`PendingDispatch`](crate::PendingDispatch) or [`PendingCombine`](crate::PendingCombine): the
-///   buffer refuses whatever follows with [`Error::Abandoned`] until it is refreshed.
+/// - a [`Handle`](crate::Handle): its slot is free again, and this rank has left out a combine.
+///   Where the others do not leave it out, too, ranks are out of step: their combine waits for this
+///   rank until the time-out and reports it;
+/// - a [`PendingDispatch`](crate::PendingDispatch) or [`PendingCombine`](crate::PendingCombine):
+///   the buffer refuses whatever follows with [`Error::Abandoned`] until it is refreshed.
 ///
-/// The conversion is there all the same. A refused argument is mostly a mistake of the program, which
-/// no second attempt with the same argument mends; its caller ends, and should end by `?`.
+/// The conversion is there all the same. A refused argument is mostly a mistake of the program,
+/// which no second attempt with the same argument mends; its caller ends, and should end by `?`.
 #[must_use = "the operation has not happened, and its operand is in here"]
 pub struct Rejected<T> {
     /// What was given.
@@ -469,8 +469,11 @@ impl Error {
             Self::Driver { source, .. } => Some(Failure::from(source)),
             Self::Memory { source, .. } => source.failure(),
             Self::Group {
-                source:
-                    ep_peers::Error::Driver { source, .. } | ep_peers::Error::Release { source, .. },
+                source: ep_peers::Error::Driver { source, .. },
+                ..
+            }
+            | Self::Group {
+                source: ep_peers::Error::Release { source, .. },
                 ..
             } => Some(Failure::from(source)),
             _ => None,

@@ -48,10 +48,10 @@ impl Stream {
     /// blocking stream is captured spoils that capture. For graphs, and beside other work, give a
     /// stream of one's own.
     ///
-    /// [`StreamHandle::PER_THREAD`] is refused. It names another stream on every thread, and a buffer
-    /// may be used, waited for and closed on another thread than the one that enqueued. A caller that
-    /// is compiled for per-thread default streams means that one by 0, too, which cannot be told from
-    /// here.
+    /// [`StreamHandle::PER_THREAD`] is refused. It names another stream on every thread, and a
+    /// buffer may be used, waited for and closed on another thread than the one that enqueued. A
+    /// caller that is compiled for per-thread default streams means that one by 0, too, which
+    /// cannot be told from here.
     ///
     /// # Errors
     /// [`Error::PerThreadStream`].

@@ -67,8 +67,8 @@
 //! outside come in through three unsafe constructors, [`TensorRef::from_raw`],
 //! [`TensorMut::from_raw`] and [`Stream::borrowed`]; kernels of the caller's choice through
 //! [`Device::new`]. The driver of a device, which frees and writes whatever address it is told,
-//! stays inside; whoever opens one by [`driver`] vouches for what they tell it. As on any GPU, order
-//! between streams is the caller's: see [`Buffer`].
+//! stays inside; whoever opens one by [`driver`] vouches for what they tell it. As on any GPU,
+//! order between streams is the caller's: see [`Buffer`].
 //!
 //! # Features
 //! `cuda` compiles and links the CUDA kernels and adds `Device::cuda` and the module `experts`. It

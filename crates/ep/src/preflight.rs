@@ -86,10 +86,10 @@ impl Preflight {
     /// naming the rank that failed where one did. Only that rank's own report has the whole error.
     ///
     /// # Errors
-    /// A rank has no valid settings, or the group broke: a rank was gone, or did not come within the
-    /// deadline. That no memory suits the group, or that a call failed on one rank, is no error but a
-    /// [`Report`]. If the group breaks while its last step ends, ranks that had finished have a report
-    /// nonetheless.
+    /// A rank has no valid settings, or the group broke: a rank was gone, or did not come within
+    /// the deadline. That no memory suits the group, or that a call failed on one rank, is no error
+    /// but a [`Report`]. If the group breaks while its last step ends, ranks that had finished have
+    /// a report nonetheless.
     pub fn run(self) -> Result<Report, Error> {
         let rank = self.comm.rank();
         self.run_here().map_err(|error| error.of_rank(rank))

@@ -100,8 +100,9 @@ impl Stream {
     /// the buffer.
     ///
     /// # Errors
-    /// [`Error::OtherDevice`] if streams and event are not of one device; nothing was recorded then.
-    /// [`Error::Driver`] if the driver refuses. This stream then waits for nothing more than before.
+    /// [`Error::OtherDevice`] if streams and event are not of one device; nothing was recorded
+    /// then. [`Error::Driver`] if the driver refuses. This stream then waits for nothing more than
+    /// before.
     pub fn follow(&self, other: &Self, event: &mut Event) -> Result<(), Error> {
         self.device.check(WAITING, "event", &event.device)?;
         event.record(other)?;

@@ -258,7 +258,8 @@ fn tensors_streams_and_events() {
     sweep.end();
 }
 
-/// `?` gives a refused operation up. That is told, and what was given is gone as if it were dropped.
+/// `?` gives a refused operation up. That is told, and what was given is gone as if it were
+/// dropped.
 #[test]
 fn a_refused_operation_that_is_given_up_is_logged() {
     let driver = SimDriver::new(&Cluster::hgx_h200(1), 0, &[0]);

@@ -1,7 +1,8 @@
 //! Launches that are refused, and streams that are borrowed.
 //!
-//! A refused launch has enqueued nothing: its operation comes back with an error that names rank and
-//! kernel, together with what it was given, and can be done again while the other ranks wait for it.
+//! A refused launch has enqueued nothing: its operation comes back with an error that names rank
+//! and kernel, together with what it was given, and can be done again while the other ranks wait
+//! for it.
 
 #![allow(unsafe_code, reason = "stands between the facade and the kernels")]
 
