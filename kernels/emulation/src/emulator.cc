@@ -116,7 +116,7 @@ Device& device() {
 // What runs now.
 jmp_buf scheduler;
 ucontext_t fiber;
-uint64_t device_ns = 1;
+std::atomic<uint64_t> device_ns{1};  // other threads read it, too
 Grid* grid = nullptr;
 Block* block = nullptr;
 Warp* warp = nullptr;
@@ -228,7 +228,7 @@ void round(Grid& g, Random& random) {
     // While the host does something else, time stands still: no kernel takes that for a late peer.
     constexpr uint64_t kLongestRound = 200000;
     const uint64_t now = host_ns();
-    device_ns += std::min(now - last, kLongestRound);
+    device_ns.fetch_add(std::min(now - last, kLongestRound), std::memory_order_relaxed);
     last = now;
     const auto ended = std::partition(running.begin(), running.end(),
                                       [](Grid* g) { return g->ended != g->blocks.size(); });
@@ -376,11 +376,13 @@ void mbarrier_wait(const uint64_t* object, uint32_t parity) {
 
 void yield() { stop(State::kReady); }
 
-uint64_t now_ns() { return device_ns; }
+uint64_t now_ns() { return device_ns.load(std::memory_order_relaxed); }
 
 unsigned multiprocessors() { return g_multiprocessors; }
 
 }  // namespace emu
+
+extern "C" uint64_t ep_emulation_now_ns(void) { return emu::now_ns(); }
 
 extern "C" void ep_emulation_set_multiprocessors(uint32_t multiprocessors) {
   emu::g_multiprocessors = multiprocessors;

@@ -28,6 +28,11 @@ fn counter(ranks: usize, part: u64) -> u64 {
     (4 * ranks as u64).next_multiple_of(128) + 32 * part
 }
 
+/// The clock that waits are measured by.
+fn clock() -> Duration {
+    EmulatedKernels::clock()
+}
+
 /// Few, because every lane of each takes its turns.
 static MULTIPROCESSORS: AtomicU32 = AtomicU32::new(2);
 
