@@ -17,6 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Quoted includes look beside the file first, so the files lie beside this `arch`.
     let copies = PathBuf::from(env::var("OUT_DIR")?).join("cuda");
     copy_files(&kernels.join("cuda"), &copies)?;
+    copy_files(&kernels.join("cuda/dispatch"), &copies.join("dispatch"))?;
     copy_files(&package.join("arch"), &copies.join("arch"))?;
 
     let mut build = cc::Build::new();
@@ -28,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             package.join("include"),
             package.join("src"),
             kernels.join("include"),
+            copies.clone(),
         ])
         .flags([
             "-x",
