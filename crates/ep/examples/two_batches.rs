@@ -85,9 +85,9 @@ fn layer(
     communication.follow(compute, order)?;
     let sent_b = buffer.dispatch_send(communication, &b.input(), &options)?;
 
-    let handle_a = sent_a.receive(communication, &mut a.received)?;
+    let handle_a = buffer.dispatch_receive(communication, sent_a, &mut a.received)?;
     compute.follow(communication, order)?;
-    let handle_b = sent_b.receive(communication, &mut b.received)?;
+    let handle_b = buffer.dispatch_receive(communication, sent_b, &mut b.received)?;
     b_received.record(communication)?;
 
     // Experts of batch a, on `compute`, while b is received. These give back what they get.
@@ -102,8 +102,8 @@ fn layer(
     let y_b = CombineInput::new(&b.received.recv_x);
     let back_b = buffer.combine_send(communication, handle_b, &y_b)?;
 
-    back_a.receive(communication, &mut a.out)?;
-    back_b.receive(communication, &mut b.out)?;
+    buffer.combine_receive(communication, back_a, &mut a.out)?;
+    buffer.combine_receive(communication, back_b, &mut b.out)?;
     // The next layer's attention reads both.
     compute.follow(communication, order)
 }

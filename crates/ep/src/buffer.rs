@@ -11,7 +11,7 @@ use crate::connection::{Connection, first_of};
 use crate::dispatch::check_stream;
 use crate::error::ArgumentError;
 use crate::fault::{Fault, Status};
-use crate::handle::{BufferId, Lease, Slots};
+use crate::handle::{Lease, Slots};
 use crate::launch::Launcher;
 use crate::order::{Parts, Unreceived};
 use crate::state::DeviceState;
@@ -74,11 +74,12 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// # Ok::<(), ep::Error>(())
 /// ```
 ///
-/// The parts of an operation do so just as well: [`dispatch_send`](Self::dispatch_send) and its
-/// `receive` are each a piece of work on the stream that they are given. While a part runs it takes
-/// the multiprocessors that [`BufferBuilder::num_sms`] allows; fewer leave some to the other work.
-/// To go on behind a point that lies further back than a stream's end, record an
-/// [`Event`](crate::Event) there and let the stream [`wait`](Stream::wait) for it.
+/// The parts of an operation do so just as well: [`dispatch_send`](Self::dispatch_send) and
+/// [`dispatch_receive`](Self::dispatch_receive) are each a piece of work on the stream that they are
+/// given. While a part runs it takes the multiprocessors that [`BufferBuilder::num_sms`] allows;
+/// fewer leave some to the other work. To go on behind a point that lies further back than a
+/// stream's end, record an [`Event`](crate::Event) there and let the stream [`wait`](Stream::wait)
+/// for it.
 ///
 /// A graph that is captured from the caller's stream takes the communication stream in where it
 /// follows, and ends when the caller's stream has followed it back. Nothing but recording an event
@@ -110,7 +111,6 @@ pub struct Buffer {
     connection: Connection,
     state: DeviceState,
     slots: Arc<Slots>,
-    id: BufferId,
     config: Config,
     plan: Plan,
 }
@@ -131,7 +131,6 @@ impl Buffer {
             connection,
             state,
             slots: Slots::new(config.slots),
-            id: BufferId::new(),
             config,
             plan,
         }
@@ -166,7 +165,7 @@ impl Buffer {
     /// Operations are told apart by their number. A replayed graph advances the numbers on the device
     /// and not here; from then on use [`faults`](Self::faults).
     pub fn status(&self) -> Result<Option<Status>, Error> {
-        let last = self.connection.order().last();
+        let last = self.connection.order().lock().last();
         last.map(|(operation, epoch)| self.status_of_epoch(operation, epoch))
             .transpose()
     }
@@ -174,21 +173,14 @@ impl Buffer {
     /// What the dispatch of a handle has reported so far. Not to be relied on once a graph has been
     /// replayed, as [`status`](Self::status).
     pub fn status_of(&self, handle: &Handle) -> Result<Status, Error> {
-        if handle.buffer != self.id {
-            return Err(Error::ForeignHandle { rank: self.rank() });
-        }
+        self.check_own(&handle.lease)?;
         self.status_of_epoch(Operation::Dispatch, handle.epoch)
     }
 
     /// Waits until the stream that the buffer was last used with has finished. How long that takes
     /// at most is said of [`close`](Self::close).
     pub fn synchronize(&self) -> Result<(), Error> {
-        let stream = self.connection.order().stream().cloned();
-        stream.map_or(Ok(()), |stream| {
-            stream
-                .synchronize()
-                .map_err(|error| error.of_rank(self.rank()))
-        })
+        self.connection.finish()
     }
 
     /// This rank.
@@ -241,10 +233,11 @@ impl Buffer {
     /// `members[i]` of this buffer.
     ///
     /// Operations begin to count from 1, every rank's memory is as at first, and results that were
-    /// alive are lost: their handles are refused from now on. Ranks that are not members take no
-    /// part; tokens for their experts are skipped and reported. The memory stays where it is, and so
-    /// does the table of peers, so captured CUDA graphs stay valid. It waits for the stream that the
-    /// buffer was last used with; replays, and operations on other streams, must have ended before.
+    /// alive are lost: their handles, and what was sent and not received, are refused from now on.
+    /// Ranks that are not members take no part; tokens for their experts are skipped and reported.
+    /// The memory stays where it is, and so does the table of peers, so captured CUDA graphs stay
+    /// valid. It waits for the stream that the buffer was last used with; replays, and operations on
+    /// other streams, must have ended before.
     ///
     /// # How long it takes
     /// As for [`close`](Self::close), the stream comes first: N enqueued operations behind a rank
@@ -260,7 +253,6 @@ impl Buffer {
     pub fn refresh(&mut self, comm: &Communicator, members: &[u32]) -> Result<(), Error> {
         let session = self.connection.session().next(comm, members)?;
         // Whether it succeeds or not, what was alive is gone.
-        self.id = BufferId::new();
         self.slots = Slots::new(self.config.slots);
         let (state, plan) = (&self.state, &self.plan);
         self.connection
@@ -305,8 +297,13 @@ impl Buffer {
         &self.state
     }
 
-    pub(crate) fn id(&self) -> BufferId {
-        self.id
+    /// Refuses the slot of another buffer, or from before a refresh.
+    pub(crate) fn check_own(&self, lease: &Lease) -> Result<(), Error> {
+        if lease.is_of(&self.slots) {
+            Ok(())
+        } else {
+            Err(Error::ForeignHandle { rank: self.rank() })
+        }
     }
 
     /// Names operation and rank in an argument's error.
@@ -335,18 +332,14 @@ impl Buffer {
             // Each holds a slot.
             Operation::Combine | Operation::Barrier => u64::MAX,
         };
-        let mut order = self.connection.order();
+        let mut order = self.connection.order().lock();
         order.admit(self.rank(), operation, parts, limit)?;
         let launched = launch(Launcher::new(&self.state, &self.connection))?;
         Ok((launched, order.launched(operation, parts, stream)))
     }
 
-    pub(crate) fn unreceived(&self, operation: Operation, number: u64) -> Unreceived<'_> {
-        Unreceived::new(self, operation, number)
-    }
-
-    pub(crate) fn abandon(&self, operation: Operation) {
-        self.connection.order().abandon(operation);
+    pub(crate) fn unreceived(&self, operation: Operation, number: u64) -> Unreceived {
+        Unreceived::new(self.connection.order(), operation, number)
     }
 
     pub(crate) fn lease(&self) -> Result<Lease, Error> {

@@ -36,14 +36,14 @@ impl<'a> CombineInput<'a> {
     }
 }
 
-/// A combine that has been sent and not received.
+/// A combine that has been sent and not received. [`Buffer::combine_receive`] takes it.
 ///
 /// Dropping it without receiving leaves this rank out of step with the others: the buffer then
 /// refuses further operations.
 #[derive(Debug)]
 #[must_use = "a combine that is not received leaves the ranks out of step"]
-pub struct PendingCombine<'b> {
-    unreceived: Unreceived<'b>,
+pub struct PendingCombine {
+    unreceived: Unreceived,
     handle: Handle,
 }
 
@@ -88,7 +88,7 @@ impl Buffer {
         stream: &Stream,
         handle: Handle,
         input: &CombineInput<'_>,
-    ) -> Result<PendingCombine<'_>, Rejected<Handle>> {
+    ) -> Result<PendingCombine, Rejected<Handle>> {
         let launched = self
             .checked(stream, &handle, |state, call| {
                 checked_input(state, call, input)
@@ -106,6 +106,35 @@ impl Buffer {
         }
     }
 
+    /// Enqueues the receive part of a combine. The output, bf16 `[T, H]`, is written when the stream
+    /// has passed it.
+    ///
+    /// # Errors
+    /// As for [`combine`](Self::combine); the pending combine comes back with the error, and `?`
+    /// [gives it up](Rejected).
+    pub fn combine_receive<'o>(
+        &self,
+        stream: &Stream,
+        pending: PendingCombine,
+        out: impl Into<TensorMut<'o>>,
+    ) -> Result<(), Rejected<PendingCombine>> {
+        let launched = self
+            .checked(stream, &pending.handle, |state, call| {
+                checked_output(state, call, &out.into())
+            })
+            .and_then(|mut call| {
+                call.flags |= EP_COMBINE_RECV;
+                self.enqueue_combine(stream, &call, pending.unreceived.parts())
+            });
+        match launched {
+            Ok(_) => {
+                pending.unreceived.received();
+                Ok(())
+            }
+            Err(error) => Err(Rejected::new(pending, error)),
+        }
+    }
+
     /// Checks a combine of a handle.
     fn checked(
         &self,
@@ -113,9 +142,7 @@ impl Buffer {
         handle: &Handle,
         check: impl FnOnce(&DeviceState, launch::Combine) -> Result<launch::Combine, ArgumentError>,
     ) -> Result<launch::Combine, Error> {
-        if handle.buffer != self.id() {
-            return Err(Error::ForeignHandle { rank: self.rank() });
-        }
+        self.check_own(&handle.lease)?;
         let state = self.state();
         self.check(Operation::Combine, || {
             check_stream(stream, state)?;
@@ -141,37 +168,6 @@ impl Buffer {
                 .map_err(|source| self.launch_error(source))
         })
         .map(|((), number)| number)
-    }
-}
-
-impl PendingCombine<'_> {
-    /// Enqueues the receive part. The output, bf16 `[T, H]`, is written when the stream has passed
-    /// it.
-    ///
-    /// # Errors
-    /// As for [`Buffer::combine`]; the pending combine comes back with the error, and `?`
-    /// [gives it up](Rejected).
-    pub fn receive<'o>(
-        self,
-        stream: &Stream,
-        out: impl Into<TensorMut<'o>>,
-    ) -> Result<(), Rejected<Self>> {
-        let buffer = self.unreceived.buffer();
-        let launched = buffer
-            .checked(stream, &self.handle, |state, call| {
-                checked_output(state, call, &out.into())
-            })
-            .and_then(|mut call| {
-                call.flags |= EP_COMBINE_RECV;
-                buffer.enqueue_combine(stream, &call, self.unreceived.parts())
-            });
-        match launched {
-            Ok(_) => {
-                self.unreceived.received();
-                Ok(())
-            }
-            Err(error) => Err(Rejected::new(self, error)),
-        }
     }
 }
 

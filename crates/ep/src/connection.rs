@@ -2,6 +2,7 @@
 //! one order that is safe.
 
 use std::mem;
+use std::sync::Arc;
 use std::thread;
 
 use ep_alloc::{
@@ -11,11 +12,11 @@ use ep_alloc::{
 use ep_peers::wire::{Facts, Identity, Refusal};
 use ep_peers::{Access, DescriptorError, Offer, Peers, Reason, Unreachable, connect};
 use ep_sys::{Call, DevicePtr};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crate::order::Order;
 use crate::session::Session;
-use crate::{Device, Error, Stream};
+use crate::{Device, Error};
 
 /// A rank's memory and its peers', which it leaves in order when it is dropped.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(crate) struct Connection {
     ties: Option<Ties>,
     session: Session,
     /// What has been enqueued, and on which stream.
-    order: Mutex<Order>,
+    order: Arc<Mutex<Order>>,
 }
 
 /// One attempt's memory and peers.
@@ -62,7 +63,7 @@ impl Connection {
                 let connection = Self {
                     ties: Some(ties),
                     session,
-                    order: Mutex::default(),
+                    order: Arc::default(),
                 };
                 return Ok((connection, plan));
             }
@@ -74,8 +75,8 @@ impl Connection {
         &self.session
     }
 
-    pub(crate) fn order(&self) -> MutexGuard<'_, Order> {
-        self.order.lock()
+    pub(crate) fn order(&self) -> &Arc<Mutex<Order>> {
+        &self.order
     }
 
     /// Bytes of the symmetric memory.
@@ -118,7 +119,7 @@ impl Connection {
     ) -> Result<(), Error> {
         let rank = session.rank();
         let finished = self.finish();
-        self.order.get_mut().disconnect();
+        self.order.lock().disconnect();
         let Some(Ties { peers, memory }) = &mut self.ties else {
             return Err(Error::NotConnected { rank });
         };
@@ -155,15 +156,16 @@ impl Connection {
                 return Err(Error::Unreachable { rank, pair, plan });
             }
         }
-        *self.order.get_mut() = Order::default();
+        // What was sent before keeps the order that it was sent in.
+        self.order = Arc::default();
         Ok(())
     }
 
     /// Waits until the last operation has finished.
-    fn finish(&mut self) -> Result<(), Error> {
-        let stream = self.order.get_mut().stream();
+    pub(crate) fn finish(&self) -> Result<(), Error> {
+        let stream = self.order.lock().stream().cloned();
         stream
-            .map_or(Ok(()), Stream::synchronize)
+            .map_or(Ok(()), |stream| stream.synchronize())
             .map_err(|error| error.of_rank(self.session.rank()))
     }
 }

@@ -262,12 +262,13 @@ impl DispatchOutput {
 /// A dispatch that has been sent and not received.
 ///
 /// Between the two parts the rows are on their way and nothing runs on the device, so that other
-/// work of the stream can. Dropping it without receiving leaves this rank out of step with the
-/// others: the buffer then refuses further operations.
+/// work of the stream can. It borrows nothing: an engine may keep it beside the buffer from one step
+/// to the next. [`Buffer::dispatch_receive`] takes it. Dropping it without receiving leaves this rank
+/// out of step with the others: the buffer then refuses further operations.
 #[derive(Debug)]
 #[must_use = "a dispatch that is not received leaves the ranks out of step"]
-pub struct PendingDispatch<'b> {
-    unreceived: Unreceived<'b>,
+pub struct PendingDispatch {
+    unreceived: Unreceived,
     lease: Lease,
     num_tokens: u32,
     top_k: u32,
@@ -327,7 +328,6 @@ impl Buffer {
         call.flags |= EP_DISPATCH_SEND | EP_DISPATCH_RECV;
         let (lease, epoch) = self.enqueue_dispatch(stream, &mut call, Parts::Both)?;
         Ok(Handle {
-            buffer: self.id(),
             lease,
             num_tokens: call.num_tokens,
             top_k: call.top_k,
@@ -369,16 +369,16 @@ impl Buffer {
     /// let sent_a = buffer.dispatch_send(&stream, &a, &options)?;
     /// // Attention of batch b would run here, while the rows of a are on their way.
     /// let sent_b = buffer.dispatch_send(&stream, &b, &options)?;
-    /// let handle_a = sent_a.receive(&stream, &mut received_a)?;
+    /// let handle_a = buffer.dispatch_receive(&stream, sent_a, &mut received_a)?;
     /// // Experts of batch a, while the rows of b are on their way.
     /// let y_a = CombineInput::new(&received_a.recv_x);
     /// let back_a = buffer.combine_send(&stream, handle_a, &y_a)?;
-    /// let handle_b = sent_b.receive(&stream, &mut received_b)?;
+    /// let handle_b = buffer.dispatch_receive(&stream, sent_b, &mut received_b)?;
     /// // Experts of batch b, while the sums of a are on their way.
     /// let y_b = CombineInput::new(&received_b.recv_x);
     /// let back_b = buffer.combine_send(&stream, handle_b, &y_b)?;
-    /// back_a.receive(&stream, &mut out_a)?;
-    /// back_b.receive(&stream, &mut out_b)?;
+    /// buffer.combine_receive(&stream, back_a, &mut out_a)?;
+    /// buffer.combine_receive(&stream, back_b, &mut out_b)?;
     /// stream.synchronize()?;
     /// # assert_eq!(out_a.copy_to_host::<u16>()?, [0x3f80; 3 * 128]);
     /// # assert_eq!(out_b.copy_to_host::<u16>()?, [0x3f80; 3 * 128]);
@@ -390,7 +390,7 @@ impl Buffer {
         stream: &Stream,
         input: &DispatchInput<'_>,
         options: &DispatchOptions,
-    ) -> Result<PendingDispatch<'_>, Error> {
+    ) -> Result<PendingDispatch, Error> {
         let state = self.state();
         let mut call = self.check(Operation::Dispatch, || {
             check_stream(stream, state)?;
@@ -405,6 +405,60 @@ impl Buffer {
             top_k: call.top_k,
             format: options.format,
         })
+    }
+
+    /// Enqueues the receive part of a dispatch. The output, and what else it was asked for, is
+    /// written when the stream has passed it.
+    ///
+    /// # Errors
+    /// As for [`dispatch`](Self::dispatch); the pending dispatch comes back with the error, and `?`
+    /// [gives it up](Rejected).
+    pub fn dispatch_receive<'o>(
+        &self,
+        stream: &Stream,
+        pending: PendingDispatch,
+        output: impl Into<DispatchOutputMut<'o>>,
+    ) -> Result<Handle, Rejected<PendingDispatch>> {
+        match self.enqueue_receive(stream, &pending, &output.into()) {
+            Ok(()) => {
+                let epoch = pending.unreceived.received();
+                Ok(Handle {
+                    lease: pending.lease,
+                    num_tokens: pending.num_tokens,
+                    top_k: pending.top_k,
+                    epoch,
+                })
+            }
+            Err(error) => Err(Rejected::new(pending, error)),
+        }
+    }
+
+    fn enqueue_receive(
+        &self,
+        stream: &Stream,
+        pending: &PendingDispatch,
+        output: &DispatchOutputMut<'_>,
+    ) -> Result<(), Error> {
+        self.check_own(&pending.lease)?;
+        let state = self.state();
+        let call = self.check(Operation::Dispatch, || {
+            check_stream(stream, state)?;
+            let call = launch::Dispatch {
+                flags: pending.format.flags() | EP_DISPATCH_RECV,
+                slot: pending.lease.index(),
+                num_tokens: pending.num_tokens,
+                top_k: pending.top_k,
+                ..launch::Dispatch::default()
+            };
+            checked_output(state, call, output, pending.format)
+        })?;
+        let parts = pending.unreceived.parts();
+        self.enqueue(Operation::Dispatch, parts, stream, |launcher| {
+            launcher
+                .dispatch(&call, stream)
+                .map_err(|source| self.launch_error(source))
+        })
+        .map(drop)
     }
 
     /// Takes a slot and launches. The answer is the slot and the operation's number.
@@ -422,58 +476,6 @@ impl Buffer {
                 .map_err(|source| self.launch_error(source))?;
             Ok(lease)
         })
-    }
-}
-
-impl PendingDispatch<'_> {
-    /// Enqueues the receive part. The output, and what else it was asked for, is written when the
-    /// stream has passed it.
-    ///
-    /// # Errors
-    /// As for [`Buffer::dispatch`]; the pending dispatch comes back with the error, and `?`
-    /// [gives it up](Rejected).
-    pub fn receive<'o>(
-        self,
-        stream: &Stream,
-        output: impl Into<DispatchOutputMut<'o>>,
-    ) -> Result<Handle, Rejected<Self>> {
-        match self.enqueue(stream, &output.into()) {
-            Ok(()) => {
-                let (buffer, epoch) = self.unreceived.received();
-                Ok(Handle {
-                    buffer: buffer.id(),
-                    lease: self.lease,
-                    num_tokens: self.num_tokens,
-                    top_k: self.top_k,
-                    epoch,
-                })
-            }
-            Err(error) => Err(Rejected::new(self, error)),
-        }
-    }
-
-    fn enqueue(&self, stream: &Stream, output: &DispatchOutputMut<'_>) -> Result<(), Error> {
-        let buffer = self.unreceived.buffer();
-        let state = buffer.state();
-        let call = buffer.check(Operation::Dispatch, || {
-            check_stream(stream, state)?;
-            let call = launch::Dispatch {
-                flags: self.format.flags() | EP_DISPATCH_RECV,
-                slot: self.lease.index(),
-                num_tokens: self.num_tokens,
-                top_k: self.top_k,
-                ..launch::Dispatch::default()
-            };
-            checked_output(state, call, output, self.format)
-        })?;
-        let parts = self.unreceived.parts();
-        buffer
-            .enqueue(Operation::Dispatch, parts, stream, |launcher| {
-                launcher
-                    .dispatch(&call, stream)
-                    .map_err(|source| buffer.launch_error(source))
-            })
-            .map(drop)
     }
 }
 

@@ -179,10 +179,11 @@ pub enum Error {
         /// Which argument, and why.
         source: ArgumentError,
     },
-    /// A handle that another buffer's dispatch returned.
+    /// A handle or a pending operation of another buffer, or from before a
+    /// [refresh](crate::Buffer::refresh).
     #[error(
-        "rank {rank}: the handle is not of this buffer; give it to the buffer whose dispatch \
-         returned it"
+        "rank {rank}: the handle or pending operation is not of this buffer, or from before its \
+         refresh; give it to the buffer that returned it"
     )]
     ForeignHandle {
         /// This rank.

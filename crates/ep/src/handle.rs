@@ -20,7 +20,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// as they must, agree on them.
 #[derive(Debug)]
 pub struct Handle {
-    pub(crate) buffer: BufferId,
     pub(crate) lease: Lease,
     pub(crate) num_tokens: u32,
     pub(crate) top_k: u32,
@@ -41,17 +40,6 @@ impl Handle {
     /// The dispatch's number, counted from 1.
     pub fn epoch(&self) -> u64 {
         self.epoch
-    }
-}
-
-/// Tells the buffers of a process apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BufferId(u64);
-
-impl BufferId {
-    pub(crate) fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }
 
@@ -91,6 +79,11 @@ pub(crate) struct Lease {
 impl Lease {
     pub(crate) fn index(&self) -> u32 {
         self.index
+    }
+
+    /// Whether it is one of these.
+    pub(crate) fn is_of(&self, slots: &Arc<Slots>) -> bool {
+        Arc::ptr_eq(&self.slots, slots)
     }
 }
 

@@ -1,6 +1,10 @@
 //! The order of a buffer's operations, which is the same on every rank.
 
-use crate::{Buffer, Error, Operation, Stream};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::{Error, Operation, Stream};
 
 /// What has been enqueued.
 #[derive(Debug, Default)]
@@ -136,27 +140,23 @@ impl Order {
     }
 }
 
-/// An operation that has been sent. Dropped before it is received, it tells its buffer.
+/// An operation that has been sent. Dropped before it is received, it ends its buffer's order.
 #[derive(Debug)]
-pub(crate) struct Unreceived<'b> {
-    buffer: &'b Buffer,
+pub(crate) struct Unreceived {
+    order: Arc<Mutex<Order>>,
     operation: Operation,
     number: u64,
     received: bool,
 }
 
-impl<'b> Unreceived<'b> {
-    pub(crate) fn new(buffer: &'b Buffer, operation: Operation, number: u64) -> Self {
+impl Unreceived {
+    pub(crate) fn new(order: &Arc<Mutex<Order>>, operation: Operation, number: u64) -> Self {
         Self {
-            buffer,
+            order: Arc::clone(order),
             operation,
             number,
             received: false,
         }
-    }
-
-    pub(crate) fn buffer(&self) -> &'b Buffer {
-        self.buffer
     }
 
     /// The part that is missing.
@@ -166,17 +166,17 @@ impl<'b> Unreceived<'b> {
         }
     }
 
-    /// Notes that it has been received.
-    pub(crate) fn received(mut self) -> (&'b Buffer, u64) {
+    /// Notes that it has been received, and gives its number.
+    pub(crate) fn received(mut self) -> u64 {
         self.received = true;
-        (self.buffer, self.number)
+        self.number
     }
 }
 
-impl Drop for Unreceived<'_> {
+impl Drop for Unreceived {
     fn drop(&mut self) {
         if !self.received {
-            self.buffer.abandon(self.operation);
+            self.order.lock().abandon(self.operation);
         }
     }
 }

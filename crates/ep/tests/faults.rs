@@ -297,8 +297,9 @@ fn a_refused_operation_that_is_given_up_is_logged() {
         .new_output(&DispatchOptions::fp8(Scales::F32))
         .unwrap();
     let pending = buffer.dispatch_send(&stream, &input, &options).unwrap();
-    let (given_up, log) =
-        logged(|| -> Result<Handle, Error> { Ok(pending.receive(&stream, &mut wrong)?) });
+    let (given_up, log) = logged(|| -> Result<Handle, Error> {
+        Ok(buffer.dispatch_receive(&stream, pending, &mut wrong)?)
+    });
     assert!(matches!(given_up, Err(Error::Argument { .. })));
     assert!(log.contains("PendingDispatch"), "{log}");
     assert!(matches!(
@@ -483,9 +484,9 @@ impl<'p> Group<'p> {
                 let handle = rank.dispatch(&mut tensors)?;
                 rank.combine(handle, &mut tensors)?;
                 let pending = rank.dispatch_send(&tensors)?;
-                let handle = pending.receive(stream, &mut tensors.received)?;
+                let handle = rank.dispatch_receive(pending, &mut tensors)?;
                 let pending = rank.combine_send(handle, &tensors)?;
-                pending.receive(stream, &mut tensors.out)?;
+                rank.combine_receive(pending, &mut tensors)?;
                 drop(rank.dispatch(&mut tensors)?);
                 buffer.barrier(stream, Duration::ZERO)
             };

@@ -618,7 +618,8 @@ impl<'r> Beside<'r> {
         let handle = if is_split {
             let pending = rank.dispatch_send(tensors)?;
             work.fill(2, compute)?;
-            pending.receive(communication, &mut tensors.received)?
+            rank.buffer
+                .dispatch_receive(communication, pending, &mut tensors.received)?
         } else {
             rank.dispatch(tensors)?
         };
@@ -633,7 +634,8 @@ impl<'r> Beside<'r> {
         if is_split {
             let pending = rank.buffer.combine_send(communication, handle, &input)?;
             work.fill(5, compute)?;
-            pending.receive(communication, &mut tensors.out)?;
+            rank.buffer
+                .combine_receive(communication, pending, &mut tensors.out)?;
         } else {
             rank.buffer
                 .combine(communication, handle, &input, &mut tensors.out)?;
@@ -708,11 +710,9 @@ fn totals_and_waits(case: &Case, comm: &Communicator) -> Result<(), String> {
                     .with_total_count(&mut total_count)
                     .with_wait_ns(&mut wait_ns);
                 let sent = rank.buffer.dispatch_send(&rank.stream, &input, &options);
-                let received = sent
-                    .map_err(explain)?
-                    .receive(&rank.stream, output)
-                    .map_err(explain);
-                received?
+                let sent = sent.map_err(explain)?;
+                let received = rank.buffer.dispatch_receive(&rank.stream, sent, output);
+                received.map_err(explain)?
             }
             1 => {
                 let output = output

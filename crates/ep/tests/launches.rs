@@ -210,11 +210,11 @@ fn layers(rank: &Rank<'_>, case: &Case, refused: &mut dyn FnMut(Error)) -> Resul
                 rank.dispatch_send(&tensors)
             });
             let sent = sent.map_err(explain)?;
-            let received = sent.receive(stream, &mut tensors.received);
+            let received = buffer.dispatch_receive(stream, sent, &mut tensors.received);
             let handle = received
                 .or_else(|rejected| {
                     refused(*rejected.error);
-                    rejected.operand.receive(stream, &mut tensors.received)
+                    buffer.dispatch_receive(stream, rejected.operand, &mut tensors.received)
                 })
                 .map_err(explain)?;
             rank.check_dispatch(&oracle, &handle, &mut tensors)?;
@@ -223,11 +223,12 @@ fn layers(rank: &Rank<'_>, case: &Case, refused: &mut dyn FnMut(Error)) -> Resul
                 refused(*rejected.error);
                 buffer.combine_send(stream, rejected.operand, &y)
             });
-            let received = sent.map_err(explain)?.receive(stream, &mut out);
+            let sent = sent.map_err(explain)?;
+            let received = buffer.combine_receive(stream, sent, &mut out);
             received
                 .or_else(|rejected| {
                     refused(*rejected.error);
-                    rejected.operand.receive(stream, &mut out)
+                    buffer.combine_receive(stream, rejected.operand, &mut out)
                 })
                 .map_err(explain)?;
         }

@@ -426,8 +426,10 @@ fn totals_and_waits_are_refused_by_name() {
         let mut pending = rank.dispatch_send(&tensors).unwrap();
         for (total_count, wait_ns, expected) in wrong {
             let mut given = [total_count, wait_ns];
-            let rejected = pending
-                .receive(&rank.stream, asked(&mut tensors.received, &mut given))
+            let output = asked(&mut tensors.received, &mut given);
+            let rejected = rank
+                .buffer
+                .dispatch_receive(&rank.stream, pending, output)
                 .unwrap_err();
             assert_eq!(named(*rejected.error), expected);
             pending = rejected.operand;
@@ -435,9 +437,7 @@ fn totals_and_waits_are_refused_by_name() {
             let refused = dispatch_asked(&rank, &mut tensors, &mut given);
             assert_eq!(named(refused.unwrap_err()), expected);
         }
-        let handle = pending
-            .receive(&rank.stream, &mut tensors.received)
-            .unwrap();
+        let handle = rank.dispatch_receive(pending, &mut tensors).unwrap();
         rank.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
         rank.combine(handle, &mut tensors).unwrap();
         rank.check_combine(&oracle, &tensors).unwrap();
@@ -466,7 +466,9 @@ fn totals_and_waits_add_up_over_dispatches() {
                     let pending = rank.dispatch_send(&tensors).unwrap();
                     assert_eq!(read(&given), before);
                     let output = asked(&mut tensors.received, &mut given);
-                    pending.receive(&rank.stream, output).unwrap()
+                    rank.buffer
+                        .dispatch_receive(&rank.stream, pending, output)
+                        .unwrap()
                 }
                 _ => rank.dispatch(&mut tensors).unwrap(),
             };
@@ -551,7 +553,7 @@ fn operations_run_beside_a_compute_stream() {
                     let pending = rank.dispatch_send(&tensors)?;
                     compute.follow(&rank.stream, &mut order)?;
                     rank.stream.follow(&compute, &mut order)?;
-                    pending.receive(&rank.stream, &mut tensors.received)?
+                    rank.dispatch_receive(pending, &mut tensors)?
                 };
                 compute.follow(&rank.stream, &mut order)?;
                 rank.stream.follow(&compute, &mut order)?;
@@ -559,7 +561,7 @@ fn operations_run_beside_a_compute_stream() {
                     rank.combine(handle, &mut tensors)?;
                 } else {
                     let pending = rank.combine_send(handle, &tensors)?;
-                    pending.receive(&rank.stream, &mut tensors.out)?;
+                    rank.combine_receive(pending, &mut tensors)?;
                 }
                 compute.follow(&rank.stream, &mut order)
             };
@@ -736,6 +738,8 @@ fn threads_may_share_a_buffer() {
     shared::<Communicator>();
     shared::<Device>();
     shared::<ep::Handle>();
+    shared::<ep::PendingCombine>();
+    shared::<ep::PendingDispatch>();
     shared::<ep::Stream>();
     shared::<Tensor>();
 }
@@ -936,6 +940,27 @@ fn a_handle_is_of_its_buffer() {
         one.combine(rejected.operand, &mut tensors).unwrap();
         one.check_combine(&oracle, &tensors).unwrap();
 
+        // So is what has been sent.
+        one.poison(&mut tensors).unwrap();
+        let sent = one.dispatch_send(&tensors).unwrap();
+        let rejected = other
+            .buffer
+            .dispatch_receive(&other.stream, sent, &mut tensors.received)
+            .unwrap_err();
+        assert!(matches!(*rejected.error, Error::ForeignHandle { .. }));
+        let handle = one
+            .dispatch_receive(rejected.operand, &mut tensors)
+            .unwrap();
+        one.check_dispatch(&oracle, &handle, &mut tensors).unwrap();
+        let sent = one.combine_send(handle, &tensors).unwrap();
+        let rejected = other
+            .buffer
+            .combine_receive(&other.stream, sent, &mut tensors.out)
+            .unwrap_err();
+        assert!(matches!(*rejected.error, Error::ForeignHandle { .. }));
+        one.combine_receive(rejected.operand, &mut tensors).unwrap();
+        one.check_combine(&oracle, &tensors).unwrap();
+
         // Both stay usable, and their operations may alternate.
         for n in 1..4 {
             let rank = if n % 2 == 0 { &one } else { &other };
@@ -989,8 +1014,9 @@ fn parts_are_received_in_the_order_of_sending() {
             rank.dispatch_send(&tensors),
             Err(Error::Pending { pending: 2, .. })
         ));
-        let Rejected { operand, error } = second
-            .receive(&rank.stream, &mut tensors.received)
+        let Rejected { operand, error } = rank
+            .buffer
+            .dispatch_receive(&rank.stream, second, &mut tensors.received)
             .unwrap_err();
         assert!(matches!(
             *error,
@@ -1000,23 +1026,23 @@ fn parts_are_received_in_the_order_of_sending() {
                 ..
             }
         ));
-        let first = first.receive(&rank.stream, &mut tensors.received).unwrap();
+        let first = rank.dispatch_receive(first, &mut tensors).unwrap();
         rank.check_dispatch(&oracle, &first, &mut tensors).unwrap();
         rank.poison(&mut tensors).unwrap();
-        let second = operand
-            .receive(&rank.stream, &mut tensors.received)
-            .unwrap();
+        let second = rank.dispatch_receive(operand, &mut tensors).unwrap();
         rank.check_dispatch(&oracle, &second, &mut tensors).unwrap();
 
         let first = rank.combine_send(first, &tensors).unwrap();
         let second = rank.combine_send(second, &tensors).unwrap();
-        let Rejected { operand, error } =
-            second.receive(&rank.stream, &mut tensors.out).unwrap_err();
+        let Rejected { operand, error } = rank
+            .buffer
+            .combine_receive(&rank.stream, second, &mut tensors.out)
+            .unwrap_err();
         assert!(matches!(*error, Error::OutOfOrder { .. }));
-        first.receive(&rank.stream, &mut tensors.out).unwrap();
+        rank.combine_receive(first, &mut tensors).unwrap();
         rank.check_combine(&oracle, &tensors).unwrap();
         rank.poison(&mut tensors).unwrap();
-        operand.receive(&rank.stream, &mut tensors.out).unwrap();
+        rank.combine_receive(operand, &mut tensors).unwrap();
         rank.check_combine(&oracle, &tensors).unwrap();
         rank.buffer.close().unwrap();
     });
@@ -1383,8 +1409,9 @@ fn ranks_that_fell_out_of_step_begin_anew() {
         let oracle = rank.oracle(0, &inputs);
         let mut tensors = rank.tensors(&oracle).unwrap();
         let kept = rank.dispatch(&mut tensors).unwrap();
+        let mut sent = Some(rank.dispatch_send(&tensors).unwrap());
         if comm.rank() == 0 {
-            drop(rank.dispatch_send(&tensors).unwrap());
+            sent = None;
             assert!(rank.dispatch(&mut tensors).is_err());
         }
         drop(oracle);
@@ -1396,9 +1423,14 @@ fn ranks_that_fell_out_of_step_begin_anew() {
         }
         assert!(rank.buffer.faults().unwrap().is_empty());
 
-        // What was alive before is refused, and its slot is not held.
+        // What was alive before is refused, its slot is not held, and to drop it leaves out nothing.
         let rejected = rank.combine(kept, &mut tensors).unwrap_err();
         assert!(matches!(rejected, Error::ForeignHandle { .. }));
+        if let Some(sent) = sent {
+            let rejected = rank.dispatch_receive(sent, &mut tensors).unwrap_err();
+            assert!(matches!(rejected, Error::ForeignHandle { .. }));
+        }
+        rank.run(1, Order::Split).unwrap();
         rank.buffer.close().unwrap();
     });
     assert!(driver.live().is_empty());

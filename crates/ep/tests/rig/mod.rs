@@ -252,13 +252,12 @@ impl<'c> Rank<'c> {
         let oracle = self.oracle(n, &inputs);
         let mut tensors = self.tensors(&oracle).map_err(explain)?;
         let pending = self.dispatch_send(&tensors).map_err(explain)?;
-        let handle = pending
-            .receive(&self.stream, &mut tensors.received)
+        let handle = self
+            .dispatch_receive(pending, &mut tensors)
             .map_err(explain)?;
         self.check_dispatch(&oracle, &handle, &mut tensors)?;
-        self.combine_send(handle, &tensors)
-            .map_err(explain)?
-            .receive(&self.stream, &mut tensors.out)
+        let pending = self.combine_send(handle, &tensors).map_err(explain)?;
+        self.combine_receive(pending, &mut tensors)
             .map_err(explain)?;
         self.check_combine(&oracle, &tensors)
     }
@@ -285,20 +284,15 @@ impl<'c> Rank<'c> {
         let mut other = self.tensors(&second).map_err(explain)?;
         let sent = self.dispatch_send(&one).map_err(explain)?;
         let next = self.dispatch_send(&other).map_err(explain)?;
-        let handle = sent
-            .receive(&self.stream, &mut one.received)
-            .map_err(explain)?;
+        let handle = self.dispatch_receive(sent, &mut one).map_err(explain)?;
         self.check_dispatch(&first, &handle, &mut one)?;
-        let later = next
-            .receive(&self.stream, &mut other.received)
-            .map_err(explain)?;
+        let later = self.dispatch_receive(next, &mut other).map_err(explain)?;
         self.check_dispatch(&second, &later, &mut other)?;
         let sent = self.combine_send(handle, &one).map_err(explain)?;
         let next = self.combine_send(later, &other).map_err(explain)?;
-        sent.receive(&self.stream, &mut one.out).map_err(explain)?;
+        self.combine_receive(sent, &mut one).map_err(explain)?;
         self.check_combine(&first, &one)?;
-        next.receive(&self.stream, &mut other.out)
-            .map_err(explain)?;
+        self.combine_receive(next, &mut other).map_err(explain)?;
         self.check_combine(&second, &other)
     }
 
@@ -369,10 +363,21 @@ impl<'c> Rank<'c> {
             .dispatch(&self.stream, &input, &options, &mut tensors.received)
     }
 
-    pub(crate) fn dispatch_send(&self, tensors: &Tensors) -> Result<PendingDispatch<'_>, Error> {
+    pub(crate) fn dispatch_send(&self, tensors: &Tensors) -> Result<PendingDispatch, Error> {
         let options = options(self.case.precision);
         self.buffer
             .dispatch_send(&self.stream, &self.input(tensors), &options)
+    }
+
+    pub(crate) fn dispatch_receive(
+        &self,
+        pending: PendingDispatch,
+        tensors: &mut Tensors,
+    ) -> Result<Handle, Error> {
+        let received = &mut tensors.received;
+        Ok(self
+            .buffer
+            .dispatch_receive(&self.stream, pending, received)?)
     }
 
     pub(crate) fn combine(&self, handle: Handle, tensors: &mut Tensors) -> Result<(), Error> {
@@ -390,10 +395,19 @@ impl<'c> Rank<'c> {
         &self,
         handle: Handle,
         tensors: &Tensors,
-    ) -> Result<PendingCombine<'_>, Error> {
+    ) -> Result<PendingCombine, Error> {
         Ok(self
             .buffer
             .combine_send(&self.stream, handle, &self.output(tensors))?)
+    }
+
+    pub(crate) fn combine_receive(
+        &self,
+        pending: PendingCombine,
+        tensors: &mut Tensors,
+    ) -> Result<(), Error> {
+        let out = &mut tensors.out;
+        Ok(self.buffer.combine_receive(&self.stream, pending, out)?)
     }
 
     /// Compares what a dispatch gave and reported, and runs the experts.
