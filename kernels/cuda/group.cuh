@@ -1,6 +1,8 @@
 // The group as a kernel sees it: peers, this buffer's control block, faults, bounded waits.
 #pragma once
 
+#include <cstddef>
+
 #include "arch/memory.cuh"
 #include "arch/sync.cuh"
 #include "ep_kernels.h"
@@ -12,9 +14,11 @@ namespace ep {
 enum Part : uint32_t { kDispatchSend, kDispatchRecv, kCombineSend, kCombineRecv, kBarrier, kParts };
 
 struct PartState {
-  uint64_t epoch;     // operations begun
-  uint64_t start[2];  // by epoch parity: when the first slow wait began, or 0
-  uint32_t arrived;   // blocks that have read `epoch`
+  uint64_t epoch;  // operations begun
+  // By epoch parity: when the first slow wait began, an even number; 0 before; EP_ABORTED once the
+  // host has called operations off.
+  uint64_t start[2];
+  uint32_t arrived;  // blocks that have read `epoch`
   uint32_t padding;
 };
 
@@ -26,6 +30,9 @@ struct ControlFixed {
   uint64_t fault_laps[EP_FAULT_RING];  // records completed in each place of the ring
 };
 static_assert(sizeof(ControlFixed) <= EP_CONTROL_FIXED_BYTES - 128);
+static_assert(kParts == EP_CONTROL_WAITS && EP_ABORTED == 1);
+static_assert(offsetof(PartState, start) == EP_CONTROL_WAIT(0, 0));
+static_assert(sizeof(PartState) == EP_CONTROL_WAIT(0, 1) - EP_CONTROL_WAIT(0, 0));
 
 // What the group agreed on a peer in one operation: epoch << 2 | verdict.
 enum Verdict : uint64_t { kOpen = 0, kClosing = 1, kPresent = 2, kGivenUp = 3 };
@@ -70,9 +77,12 @@ __device__ __forceinline__ uint64_t epoch_of(const Control& control, Part p) {
 // stream starts after this one.
 __device__ __forceinline__ void advance(const Control& control, Part p, uint64_t epoch) {
   PartState* s = control.part(p);
+  uint64_t* next_start = &s->start[(epoch + 1) & 1];
+  // Seldom anything but 0, and to write in vain would take longer.
+  const uint64_t before = arch::ld_relaxed_gpu_u64(next_start);
   if (arch::atom_add_acq_rel_gpu_u32(&s->arrived, 1) == gridDim.x - 1) {
     s->arrived = 0;
-    s->start[(epoch + 1) & 1] = 0;
+    if (before != 0) arch::red_and_relaxed_gpu_u64(next_start, EP_ABORTED);  // a time to 0
     arch::st_relaxed_gpu_u64(&s->epoch, epoch);
   }
 }
@@ -132,22 +142,25 @@ __device__ __forceinline__ uint64_t partner_base(const ep_group& g, const Contro
 }
 
 // Nanoseconds since the first slow wait of this part of this operation. All blocks share that
-// start, so that they give up at the same moment.
+// start, so that they give up at the same moment. Beyond every bound once the host has called
+// operations off: a wait has only this to look at.
 __device__ __forceinline__ uint64_t waited_ns(const ep_group& g, Part p, uint64_t epoch) {
   uint64_t* slot = &Control(g).part(p)->start[epoch & 1];
-  const uint64_t now = arch::globaltimer_ns() | 1;
+  const uint64_t now = (arch::globaltimer_ns() | 2) & ~uint64_t{EP_ABORTED};
   uint64_t start = arch::ld_relaxed_gpu_u64(slot);
   if (start == 0) {
     const uint64_t old = arch::atom_cas_acq_rel_gpu_u64(slot, 0, now);
     start = old == 0 ? now : old;
   }
-  return now > start ? now - start : 0;
+  return start == EP_ABORTED ? UINT64_MAX : now > start ? now - start : 0;
 }
 
 __device__ __forceinline__ void report_timeout(const ep_group& g, Part p, uint64_t epoch,
                                                uint32_t phase, uint32_t peer) {
-  record_peer_fault(g, p, epoch, EP_FAULT_TIMEOUT, phase, peer, 0,
-                    static_cast<int64_t>(waited_ns(g, p, epoch)));
+  const uint64_t waited = waited_ns(g, p, epoch);
+  const bool aborted = waited == UINT64_MAX;
+  record_peer_fault(g, p, epoch, aborted ? EP_FAULT_ABORTED : EP_FAULT_TIMEOUT, phase, peer, 0,
+                    aborted ? 0 : static_cast<int64_t>(waited));
 }
 
 // Counts vain polls of one wait; looks at the clock only now and then, and not at all at first:

@@ -59,6 +59,7 @@ extern "C" {
 #define EP_FAULT_EXPERT_RANGE 2u    /* token, value: the expert id */
 #define EP_FAULT_EXPERT_REPEATED 3u /* token, value: the expert id; counted once */
 #define EP_FAULT_UNREACHABLE 4u     /* token: one that goes to a peer whose table entry is null */
+#define EP_FAULT_ABORTED 5u         /* a wait that the host called off */
 
 #define EP_OP_DISPATCH 1u
 #define EP_OP_COMBINE 2u
@@ -88,11 +89,18 @@ typedef struct ep_fault {
 #define EP_FAULT_RING 64u /* records; the newest overwrite the oldest */
 
 /* Device-resident state of one buffer, zeroed when the buffer is made and kept by the kernels.
- * Opaque to the host but for its size and `active`, the participation table at offset 0: one u32 a
- * rank, non-zero takes part; not changed while an operation runs. A rank itself always takes part.
- * Bytes: EP_CONTROL_BYTES(R). */
+ * Opaque to the host but for
+ *   its size, EP_CONTROL_BYTES(R);
+ *   `active`, the participation table at offset 0: one u32 a rank, non-zero takes part; not changed
+ *   while an operation runs. A rank itself always takes part;
+ *   the two u64s at EP_CONTROL_WAIT(R, i) for each i below EP_CONTROL_WAITS. At any time the host
+ *   may write EP_ABORTED to all of them: from then on waits end within milliseconds, as by the
+ *   time-out, until the block is zeroed. */
 #define EP_CONTROL_FIXED_BYTES 1024u
 #define EP_CONTROL_BYTES(num_ranks) (EP_CONTROL_FIXED_BYTES + 128u * (num_ranks))
+#define EP_CONTROL_WAITS 5u
+#define EP_CONTROL_WAIT(num_ranks, i) ((4u * (num_ranks) + 127u) / 128u * 128u + 32u * (i) + 8u)
+#define EP_ABORTED 1u
 
 /* Where things lie in every rank's symmetric buffer (bytes from its base), the same on all ranks.
  *

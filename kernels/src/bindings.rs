@@ -35,6 +35,7 @@ pub const EP_FAULT_TIMEOUT: u32 = 1;
 pub const EP_FAULT_EXPERT_RANGE: u32 = 2;
 pub const EP_FAULT_EXPERT_REPEATED: u32 = 3;
 pub const EP_FAULT_UNREACHABLE: u32 = 4;
+pub const EP_FAULT_ABORTED: u32 = 5;
 pub const EP_OP_DISPATCH: u32 = 1;
 pub const EP_OP_COMBINE: u32 = 2;
 pub const EP_OP_BARRIER: u32 = 3;
@@ -47,6 +48,8 @@ pub const EP_PHASE_BARRIER: u32 = 6;
 pub const EP_FAULT_BYTES: u32 = 48;
 pub const EP_FAULT_RING: u32 = 64;
 pub const EP_CONTROL_FIXED_BYTES: u32 = 1024;
+pub const EP_CONTROL_WAITS: u32 = 5;
+pub const EP_ABORTED: u32 = 1;
 pub const EP_ROWS_GIVEN_UP: u32 = 2147483648;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

@@ -125,6 +125,13 @@ impl Shape {
         u64::from(ffi::EP_CONTROL_FIXED_BYTES) + 128 * u64::from(self.num_ranks)
     }
 
+    /// Where in it the pairs of words are in which [`EP_ABORTED`](ffi::EP_ABORTED) calls operations
+    /// off.
+    pub fn control_waits(&self) -> [u64; ffi::EP_CONTROL_WAITS as usize] {
+        let parts = (4 * u64::from(self.num_ranks)).next_multiple_of(128);
+        std::array::from_fn(|i| parts + 32 * i as u64 + 8)
+    }
+
     /// Bytes of a handle's `route`, `recv_map` and `recv_rows`, in this order.
     pub fn handle_bytes(&self) -> [u64; 3] {
         let (m, k, r) = (

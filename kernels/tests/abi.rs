@@ -113,7 +113,8 @@ constants! {
     EP_DISPATCH_WEIGHTS, EP_DISPATCH_SEND, EP_DISPATCH_RECV, EP_DISPATCH_POW2, EP_DISPATCH_UE8M0,
     EP_COMBINE_WEIGHTS, EP_COMBINE_SEND, EP_COMBINE_RECV, EP_LAUNCH_OK, EP_LAUNCH_CUDA_ERROR,
     EP_LAUNCH_BAD_ARGS, EP_LAUNCH_UNSUPPORTED, EP_LAUNCH_TOO_LARGE, EP_FAULT_NONE, EP_FAULT_TIMEOUT,
-    EP_FAULT_EXPERT_RANGE, EP_FAULT_EXPERT_REPEATED, EP_FAULT_UNREACHABLE, EP_OP_DISPATCH,
+    EP_FAULT_EXPERT_RANGE, EP_FAULT_EXPERT_REPEATED, EP_FAULT_UNREACHABLE, EP_FAULT_ABORTED,
+    EP_CONTROL_WAITS, EP_ABORTED, EP_OP_DISPATCH,
     EP_OP_COMBINE, EP_OP_BARRIER, EP_PHASE_SEND, EP_PHASE_COUNTS, EP_PHASE_ROWS, EP_PHASE_WEIGHTS,
     EP_PHASE_PARTIALS, EP_PHASE_BARRIER, EP_FAULT_BYTES, EP_FAULT_RING, EP_ROWS_GIVEN_UP,
     EP_CONTROL_FIXED_BYTES,
@@ -137,6 +138,14 @@ fn bindings_are_the_header() {
     };
     facts.push(("control bytes".into(), shape.control_bytes().into()));
     prints.push_str("  fact(\"control bytes\", (long long)EP_CONTROL_BYTES(24u));\n");
+    for (i, at) in shape.control_waits().into_iter().enumerate() {
+        facts.push((format!("control wait {i}"), at.into()));
+        writeln!(
+            prints,
+            "  fact(\"control wait {i}\", (long long)EP_CONTROL_WAIT(24u, {i}u));"
+        )
+        .unwrap();
+    }
 
     let source = format!(
         "#include \"ep_kernels.h\"\n#include <stddef.h>\n#include <stdio.h>\n\

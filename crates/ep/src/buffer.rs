@@ -99,6 +99,8 @@ use crate::{BufferBuilder, Communicator, Config, Device, Error, Handle, Operatio
 /// # When a rank does not come
 /// Waits of an operation end after the [time-out](BufferBuilder::timeout). The operation then goes
 /// on without that rank and [reports](Self::faults) it; the buffer stays usable with the others.
+/// Who knows that a rank is gone need not wait: [`abort`](Self::abort) ends all waits, and
+/// [`refresh`](Self::refresh) connects those that are left.
 ///
 /// # End
 /// [`close`](Self::close) waits for the last stream, which has no bound of its own, and for the
@@ -147,6 +149,26 @@ impl Buffer {
                 .map_err(|source| self.launch_error(source))
         })
         .map(drop)
+    }
+
+    /// Calls off what this rank has enqueued, for when it is known that a rank is gone: every wait
+    /// ends within milliseconds as by the [time-out](BufferBuilder::timeout), and is
+    /// [reported](Self::faults) as [`FaultKind::Aborted`](crate::FaultKind::Aborted).
+    ///
+    /// It waits for no stream, and may be called while another thread waits for one. Operations
+    /// still run, replays of captured graphs too: they send, take what has come, and write their
+    /// outputs, of which nothing should be used. No other is accepted ([`Error::Aborted`]) until the
+    /// buffer is [refreshed](Self::refresh); it can also be [closed](Self::close). The other ranks
+    /// are not told: each that is left calls off its own.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the words that say so cannot be written. Operations are refused all the
+    /// same, but some of the waits may last; abort again.
+    pub fn abort(&self) -> Result<(), Error> {
+        // First of all: on the simulator, who launches keeps the order until waits are over.
+        let called_off = self.state.abort();
+        self.connection.order().lock().abort();
+        called_off.map_err(|error| error.of_rank(self.rank()))
     }
 
     /// What operations of this rank have reported, oldest first: the newest 64 records at most. Reads
@@ -241,7 +263,8 @@ impl Buffer {
     ///
     /// # How long it takes
     /// As for [`close`](Self::close), the stream comes first: N enqueued operations behind a rank
-    /// that never comes take N [time-outs](BufferBuilder::timeout), and nothing ends them early.
+    /// that never comes take N [time-outs](BufferBuilder::timeout), unless they are
+    /// [called off](Self::abort).
     /// Then come five steps with the members, each within the [deadline](BufferBuilder::deadline).
     /// A member that does not come breaks the group, so no later step waits: it costs one deadline.
     /// Members whose streams are empty wait in the first step for those whose streams are not, so
@@ -273,8 +296,8 @@ impl Buffer {
     /// the [time-out](BufferBuilder::timeout), one after the other: N of them that the stream has
     /// not passed take N × time-out, and a barrier's `spin` and the caller's own work are added. A
     /// combine that is given weights waits for the weights and for the sums, so it counts twice.
-    /// Enqueued operations cannot be called back: with the defaults, 10 s and 60 s, a hundred of
-    /// them take more than a quarter of an hour. Enqueue fewer ahead, or give a shorter time-out.
+    /// With the defaults, 10 s and 60 s, a hundred of them take more than a quarter of an hour.
+    /// [`abort`](Self::abort) ends them at once.
     ///
     /// The other ranks' deadline begins when their own streams have finished. If these are empty,
     /// it must be longer than this rank's N time-outs, or they leave without it.

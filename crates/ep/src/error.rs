@@ -236,6 +236,14 @@ pub enum Error {
         /// The operation.
         operation: Operation,
     },
+    /// What was enqueued has been called off, so this rank is out of step with the others.
+    #[error(
+        "rank {rank}: the buffer was aborted; refresh it with the ranks that are left, or close it"
+    )]
+    Aborted {
+        /// This rank.
+        rank: u32,
+    },
     /// A refresh failed, so no peer is connected.
     #[error("rank {rank}: no peer is connected since a refresh failed; refresh the buffer again")]
     NotConnected {

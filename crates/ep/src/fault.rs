@@ -124,6 +124,9 @@ pub enum FaultKind {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// [`Buffer::abort`](crate::Buffer::abort) ended the wait for a rank. It was given up for this
+    /// operation, as by the time-out.
+    Aborted,
     /// An expert id that the layer does not have. It was skipped, like -1.
     ExpertOutOfRange {
         /// The token.
@@ -167,6 +170,10 @@ impl fmt::Display for Fault {
                 f,
                 "waited {waited:.1?} for rank {rank} {phase} and went on without it; check that \
                  rank {rank} is alive and makes the same calls in the same order"
+            ),
+            FaultKind::Aborted => write!(
+                f,
+                "waited for rank {rank} {phase} until the buffer was aborted; refresh or close it"
             ),
             FaultKind::ExpertOutOfRange { token, id } => write!(
                 f,
@@ -310,6 +317,7 @@ impl Fault {
             ffi::EP_FAULT_TIMEOUT => FaultKind::Timeout {
                 waited: Duration::from_nanos(value.unsigned_abs()),
             },
+            ffi::EP_FAULT_ABORTED => FaultKind::Aborted,
             ffi::EP_FAULT_EXPERT_RANGE => FaultKind::ExpertOutOfRange { token, id: value },
             ffi::EP_FAULT_EXPERT_REPEATED => FaultKind::ExpertRepeated { token, id: value },
             ffi::EP_FAULT_UNREACHABLE => FaultKind::Unreachable { token },
@@ -374,6 +382,18 @@ mod tests {
             fault.to_string(),
             "dispatch 12: waited 2.5s for rank 3 for its counts and went on without it; check that \
              rank 3 is alive and makes the same calls in the same order"
+        );
+        let aborted = [
+            13,
+            u64::from(ffi::EP_FAULT_ABORTED) | op,
+            at(ffi::EP_PHASE_ROWS, 3),
+            0,
+            0,
+        ];
+        assert_eq!(
+            Fault::decode(2, aborted).unwrap().to_string(),
+            "dispatch 13: waited for rank 3 for its rows until the buffer was aborted; refresh or \
+             close it"
         );
         let range = [
             1,

@@ -25,6 +25,8 @@ pub(crate) struct Order {
 enum End {
     /// An operation was sent and will never be received.
     Abandoned(Operation),
+    /// What was enqueued has been called off.
+    Aborted,
     /// The peers are not connected.
     Disconnected,
 }
@@ -59,6 +61,7 @@ impl Order {
         match self.ended {
             None => {}
             Some(End::Abandoned(operation)) => return Err(Error::Abandoned { rank, operation }),
+            Some(End::Aborted) => return Err(Error::Aborted { rank }),
             Some(End::Disconnected) => return Err(Error::NotConnected { rank }),
         }
         let Sequence { sent, received } = *self.sequence(operation);
@@ -109,6 +112,10 @@ impl Order {
 
     pub(crate) fn abandon(&mut self, operation: Operation) {
         self.ended.get_or_insert(End::Abandoned(operation));
+    }
+
+    pub(crate) fn abort(&mut self) {
+        self.ended.get_or_insert(End::Aborted);
     }
 
     pub(crate) fn disconnect(&mut self) {

@@ -1,5 +1,6 @@
 //! What a buffer holds on its device beside symmetric memory.
 
+use ep_kernels::ffi::EP_ABORTED;
 use ep_kernels::{Layout, Shape};
 use ep_sys::DevicePtr;
 use ep_sys::vmm::DeviceMemory;
@@ -65,6 +66,23 @@ impl DeviceState {
             .copy_to_device(ordinal, self.control.ptr(), &image)
             .and_then(|()| self.faults.clear(&self.device))
             .map_err(Error::driver("resetting what operations use"))
+    }
+
+    /// Ends the waits of what runs and will run, until everything is put back.
+    pub(crate) fn abort(&self) -> Result<(), Error> {
+        let aborted = [u64::from(EP_ABORTED).to_le_bytes(); 2];
+        let (driver, ordinal) = (self.device.driver(), self.device.ordinal());
+        let waits = self.shape.control_waits();
+        waits
+            .into_iter()
+            .try_for_each(|at| {
+                driver.copy_to_device(
+                    ordinal,
+                    self.control.ptr().offset(at),
+                    aborted.as_flattened(),
+                )
+            })
+            .map_err(Error::driver("calling operations off"))
     }
 
     pub(crate) fn control(&self) -> DevicePtr {

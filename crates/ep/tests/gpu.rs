@@ -859,6 +859,18 @@ fn weights_that_do_not_come_keep_no_other_rank_waiting_on_gpus() {
 }
 
 #[test]
+fn operations_that_are_called_off_end_on_gpus() {
+    if starts_ranks("operations_that_are_called_off_end_on_gpus") {
+        return;
+    }
+    for ranks in groups(4).into_iter().filter(|ranks| *ranks > 1) {
+        group(ranks, |comm| {
+            rig::call_off_what_waits_for_the_last(&device(comm.rank()).unwrap(), &comm);
+        });
+    }
+}
+
+#[test]
 fn buffers_come_and_go_on_gpus() {
     if starts_ranks("buffers_come_and_go_on_gpus") {
         return;

@@ -8,13 +8,13 @@ mod rig;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ep::driver::{Call, DeviceOrdinal};
+use ep::driver::{Call, DeviceOrdinal, Status};
 use ep::{
     ArgumentError, BackendKind, Buffer, BufferBuilder, Choice, CombineInput, Communicator, Config,
     DType, Device, DispatchInput, DispatchOptions, DispatchOutput, DispatchOutputMut, Error, Event,
     FaultKind, Handle, Operation, Phase, Rejected, Scales, Stream, Tensor,
 };
-use ep_sim::{Cluster, IpcNamespace, SimDriver};
+use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
 use proptest::prelude::*;
 
 use common::{Case, Odd, Precision, Routing, Weights};
@@ -1138,6 +1138,38 @@ fn weights_that_do_not_come_keep_no_other_rank_waiting() {
     let driver = host(3);
     threads(3, |comm| {
         rig::miss_weights_of_rank_0(&device(&driver, &comm), &comm);
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn operations_that_are_called_off_end() {
+    let driver = host(3);
+    threads(3, |comm| {
+        rig::call_off_what_waits_for_the_last(&device(&driver, &comm), &comm);
+    });
+    assert!(driver.live().is_empty());
+}
+
+#[test]
+fn what_cannot_be_called_off_is_over_too() {
+    let (case, driver) = (case(1), host(1));
+    threads(1, |comm| {
+        let device = device(&driver, &comm);
+        let mut rank = Rank::new(&device, &comm, &case).unwrap();
+        let plan = FaultPlan::fail_nth_of(Call::CopyToDevice, 1, Status::UNKNOWN);
+        driver.inject(plan);
+        let error = explain(rank.buffer.abort().unwrap_err());
+        assert!(
+            error.contains("rank 0") && error.contains("cuMemcpyHtoD"),
+            "{error}"
+        );
+        let refused = rank.run(1, Order::Fused).unwrap_err();
+        assert!(refused.contains("aborted"), "{refused}");
+        rank.buffer.abort().unwrap();
+        rank.buffer.refresh(&comm, &[0]).unwrap();
+        rank.run(2, Order::Fused).unwrap();
+        rank.buffer.close().unwrap();
     });
     assert!(driver.live().is_empty());
 }

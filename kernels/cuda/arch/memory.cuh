@@ -125,6 +125,10 @@ __device__ __forceinline__ uint64_t atom_add_relaxed_gpu_u64(void* p, uint64_t v
   return old;
 }
 
+__device__ __forceinline__ void red_and_relaxed_gpu_u64(void* p, uint64_t v) {
+  asm volatile("red.and.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
 // The same number, which is worked out here and of which the compiler no longer knows what it is
 // the sum of.
 __device__ __forceinline__ uint64_t opaque(uint64_t v) {

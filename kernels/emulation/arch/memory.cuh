@@ -68,6 +68,10 @@ inline uint64_t atom_add_relaxed_gpu_u64(void* p, uint64_t v) {
   return __atomic_fetch_add(static_cast<uint64_t*>(p), v, __ATOMIC_RELAXED);
 }
 
+inline void red_and_relaxed_gpu_u64(void* p, uint64_t v) {
+  __atomic_fetch_and(static_cast<uint64_t*>(p), v, __ATOMIC_RELAXED);
+}
+
 inline uint64_t opaque(uint64_t v) { return v; }
 
 inline void fence_acq_rel_sys() { emu::yield(); }

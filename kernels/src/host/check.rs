@@ -18,6 +18,9 @@ pub(super) struct Dims {
     pub(super) max_tokens: usize,
     pub(super) hidden: usize,
     pub(super) max_top_k: usize,
+    pub(super) control_bytes: u64,
+    /// Where in the control block it says whether operations are called off.
+    pub(super) aborted: u64,
     /// Tokens of this rank, of the handle.
     pub(super) tokens: usize,
     /// Experts per token, of the handle.
@@ -67,6 +70,8 @@ impl Dims {
             max_tokens: group.max_tokens as usize,
             hidden: group.hidden as usize,
             max_top_k: group.max_top_k as usize,
+            control_bytes: shape.control_bytes(),
+            aborted: shape.control_waits()[0],
             tokens: 0,
             top_k: 0,
             slot: 0,

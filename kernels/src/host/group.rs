@@ -8,8 +8,8 @@ use super::check::Dims;
 use super::memory::{GroupMemory, Window};
 use super::wire::{Guarded, Regions, pair};
 use crate::ffi::{
-    self, EP_FAULT_BYTES, EP_FAULT_RING, EP_FAULT_TIMEOUT, EP_FAULT_UNREACHABLE, EP_OP_BARRIER,
-    EP_OP_COMBINE, EP_OP_DISPATCH, ep_group, ep_layout,
+    self, EP_ABORTED, EP_FAULT_ABORTED, EP_FAULT_BYTES, EP_FAULT_RING, EP_FAULT_TIMEOUT,
+    EP_FAULT_UNREACHABLE, EP_OP_BARRIER, EP_OP_COMBINE, EP_OP_DISPATCH, ep_group, ep_layout,
 };
 
 /// The group during one operation.
@@ -126,11 +126,16 @@ impl<'a> Group<'a> {
                 Progress::Passed => return false,
                 Progress::Pending => {}
             }
-            if self.start.elapsed() >= self.timeout {
+            if self.is_aborted() || self.start.elapsed() >= self.timeout {
                 return false;
             }
             pause.take();
         }
+    }
+
+    /// Whether the host has called operations off.
+    fn is_aborted(&self) -> bool {
+        self.memory.control.load(self.dims.aborted) == EP_ABORTED.into()
     }
 
     /// Nanoseconds since the start of the launch, from which the time-out counts too.
@@ -186,12 +191,17 @@ impl Part<'_> {
 
     /// Reports that a peer was given up in a phase.
     pub(super) fn timed_out(&self, phase: u32, peer: usize) {
+        let (fault, value) = if self.group.is_aborted() {
+            (EP_FAULT_ABORTED, 0)
+        } else {
+            (EP_FAULT_TIMEOUT, self.group.waited_ns())
+        };
         self.report(Fault {
-            fault: EP_FAULT_TIMEOUT,
+            fault,
             phase,
             peer,
             token: 0,
-            value: self.group.waited_ns(),
+            value,
         });
     }
 

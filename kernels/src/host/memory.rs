@@ -153,12 +153,11 @@ impl GroupMemory {
             // SAFETY: an address in the table is a symmetric buffer of this layout.
             (address != 0).then(|| unsafe { Window::new(address, layout.bytes) })
         };
-        let control = u64::from(ffi::EP_CONTROL_FIXED_BYTES) + 128 * dims.ranks as u64;
         let faults = u64::from(EP_FAULT_BYTES) * u64::from(EP_FAULT_RING);
         Self {
             buffers: table.iter().map(buffer).collect(),
             // SAFETY: the control block has these bytes.
-            control: unsafe { Window::new(group.control, control) },
+            control: unsafe { Window::new(group.control, dims.control_bytes) },
             // SAFETY: the fault ring has these bytes.
             faults: unsafe { Window::new(group.faults, faults) },
         }

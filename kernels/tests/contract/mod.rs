@@ -476,6 +476,76 @@ fn a_silent_rank_is_given_up_in_time_and_can_be_masked() {
 }
 
 #[test]
+fn waits_that_are_called_off_end() {
+    const SILENT: usize = 2;
+    let case = plain();
+    let world = World::new(&case, 1, 1, Duration::from_secs(600));
+    let inputs = case.inputs(0);
+    let tensors: Vec<_> = inputs.iter().map(Tensors::new).collect();
+    let links = Links::all(case.ranks).without(SILENT);
+    let oracle = Oracle::new(&case, 0, &inputs, links);
+    let start = Instant::now();
+    for rank in [0, 1] {
+        let args = world.dispatch_args(rank, 0, &tensors[rank], ffi::EP_DISPATCH_SEND);
+        harness::dispatch(&args).unwrap();
+    }
+    thread::scope(|scope| {
+        for rank in [0, 1] {
+            let args = world.dispatch_args(rank, 0, &tensors[rank], ffi::EP_DISPATCH_RECV);
+            scope.spawn(move || harness::dispatch(&args).unwrap());
+        }
+        // They wait by now, or will find it called off.
+        thread::sleep(Duration::from_millis(20));
+        for rank in [0, 1] {
+            world.abort(rank);
+        }
+    });
+    // What has come is taken, and nobody else is waited for.
+    let outputs = [0, 1].map(|rank| {
+        world
+            .with_output(rank, 0, |output| {
+                oracle.check_dispatch(rank, output, POISON)
+            })
+            .unwrap();
+        let y = Memory::of(&oracle.expert_outputs(rank), u16::to_le_bytes);
+        let out = Memory::poisoned(2 * inputs[rank].tokens * case.hidden);
+        let args = world.combine_args(rank, 0, &tensors[rank], &y, &out, ffi::EP_COMBINE_SEND);
+        harness::combine(&args).unwrap();
+        (y, out)
+    });
+    for (rank, (y, out)) in outputs.iter().enumerate() {
+        let args = world.combine_args(rank, 0, &tensors[rank], y, out, ffi::EP_COMBINE_RECV);
+        harness::combine(&args).unwrap();
+        let combined = out.values(u16::from_le_bytes);
+        oracle.check_combine(rank, &combined).unwrap();
+        // The kernels themselves put the starts of waits back, by turns.
+        for _ in 0..3 {
+            harness::barrier(&world.barrier_args(rank, 0)).unwrap();
+        }
+    }
+    assert!(start.elapsed() < Duration::from_secs(60));
+    for rank in [0, 1] {
+        let given_up = given_up(&world, rank);
+        let silent = |op, phase, epoch| (ffi::EP_FAULT_ABORTED, op, phase, SILENT as u32, epoch);
+        for record in [
+            silent(ffi::EP_OP_DISPATCH, ffi::EP_PHASE_COUNTS, 1),
+            silent(ffi::EP_OP_COMBINE, ffi::EP_PHASE_PARTIALS, 1),
+            silent(ffi::EP_OP_BARRIER, ffi::EP_PHASE_BARRIER, 1),
+            silent(ffi::EP_OP_BARRIER, ffi::EP_PHASE_BARRIER, 2),
+            silent(ffi::EP_OP_BARRIER, ffi::EP_PHASE_BARRIER, 3),
+        ] {
+            assert!(given_up.contains(&record), "{record:?} in {given_up:?}");
+        }
+        assert!(
+            given_up
+                .iter()
+                .all(|record| record.0 == ffi::EP_FAULT_ABORTED)
+        );
+    }
+    assert!(world.intact());
+}
+
+#[test]
 fn a_null_entry_is_reported_once_and_not_followed() {
     for weights in [Weights::AtDispatch, Weights::AtCombine] {
         let case = Case { weights, ..plain() };

@@ -276,6 +276,15 @@ impl World {
         self.ranks[b].table.set_word(8 * a as u64, 0);
     }
 
+    /// Calls off what a rank runs and will run.
+    pub(crate) fn abort(&self, rank: usize) {
+        let control = &self.ranks[rank].control;
+        for at in self.shape.control_waits() {
+            control.set_word(at, ffi::EP_ABORTED.into());
+            control.set_word(at + 8, ffi::EP_ABORTED.into());
+        }
+    }
+
     /// Sets whether `rank` counts `peer` in.
     pub(crate) fn set_active(&self, rank: usize, peer: usize, active: bool) {
         let (at, shift) = (4 * peer as u64 / 8 * 8, peer % 2 * 32);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ep::driver::{DeviceOrdinal, Driver};
 use ep::{
     Buffer, BufferBuilder, CombineInput, Communicator, Config, DType, Device, DispatchInput,
-    DispatchOptions, DispatchOutput, Error, FaultKind, Handle, Operation, PendingCombine,
+    DispatchOptions, DispatchOutput, Error, Fault, FaultKind, Handle, Operation, PendingCombine,
     PendingDispatch, Phase, Scales, Stream, Tensor,
 };
 
@@ -565,6 +565,52 @@ pub(crate) fn miss_weights_of_rank_0(device: &Device, comm: &Communicator) {
         }
     }
     comm.barrier(PATIENCE).unwrap();
+    rank.buffer.close().unwrap();
+}
+
+/// The last rank does not come; the others learn of it and call off what waits for it. Then all begin
+/// anew.
+pub(crate) fn call_off_what_waits_for_the_last(device: &Device, comm: &Communicator) {
+    let case = case(comm.size() as usize);
+    let last = comm.size() - 1;
+    let long = Duration::from_secs(600);
+    let mut rank = Rank::with(device, comm, &case, |b| b.timeout(long)).unwrap();
+    comm.barrier(PATIENCE).unwrap();
+    if comm.rank() != last {
+        let inputs = case.inputs(0);
+        let oracle = rank.oracle(0, &inputs);
+        let mut tensors = rank.tensors(&oracle).unwrap();
+        let start = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(100));
+                rank.buffer.abort().unwrap();
+            });
+            // GPUs have all of them enqueued by then. On the simulator the first does not return.
+            for _ in 0..20 {
+                let enqueued = rank
+                    .dispatch(&mut tensors)
+                    .and_then(|handle| rank.combine(handle, &mut tensors));
+                match enqueued {
+                    Ok(()) => {}
+                    Err(Error::Aborted { .. }) => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            rank.stream.synchronize().unwrap();
+        });
+        assert!(start.elapsed() < PATIENCE);
+        let faults = rank.buffer.faults().unwrap();
+        let is_aborted = |fault: &Fault| fault.kind == FaultKind::Aborted;
+        assert!(faults.iter().all(is_aborted), "{faults:?}");
+        assert!(faults.iter().any(|fault| fault.rank == last), "{faults:?}");
+        let refused = rank.dispatch(&mut tensors).unwrap_err();
+        assert!(matches!(refused, Error::Aborted { .. }), "{refused}");
+    }
+    comm.barrier(PATIENCE).unwrap();
+    let members: Vec<_> = (0..comm.size()).collect();
+    rank.buffer.refresh(comm, &members).unwrap();
+    rank.run(2, Order::Nested).unwrap();
     rank.buffer.close().unwrap();
 }
 
