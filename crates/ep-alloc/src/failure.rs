@@ -31,6 +31,8 @@ pub enum Cause {
     NoLibrary,
     /// The call succeeded but the memory did not hold what had been written.
     WrongBytes,
+    /// The call succeeded, and its answer was no.
+    No,
     /// An error that this crate has no name for.
     Other,
 }
@@ -88,6 +90,8 @@ impl Failure {
             (Malloc, Call::IpcOpen, Cause::Status(_)) => {
                 Some("CUDA IPC does not work between the two processes")
             }
+            (_, Call::CanAccessPeer, Cause::No) => Some("the GPUs cannot address each other"),
+            (_, Call::PeerLinks, Cause::No) => Some("no NVLink joins the GPUs"),
             _ => None,
         }
     }
@@ -124,6 +128,8 @@ impl Failure {
             (Malloc, Call::IpcOpen, _) => {
                 "let the processes share the IPC and PID namespaces, or set EP_ALLOC=posix-fd"
             }
+            (_, Call::CanAccessPeer, _) => "check nvidia-smi topo -p2p r on that host",
+            (_, Call::PeerLinks, _) => "check nvidia-smi topo -p2p n on that host",
             (_, Call::FabricInfo, _) | (_, _, Cause::Nvml(_)) => "check nvidia-smi -q on that host",
             _ => "check the driver log on that host (dmesg)",
         }
@@ -139,6 +145,7 @@ impl Failure {
             Cause::NoLibrary => (5, 0),
             Cause::WrongBytes => (6, 0),
             Cause::Other => (7, 0),
+            Cause::No => (8, 0),
         };
         // The call takes 12 bits and the tag 4, so that a trial finds room above.
         let call = u64::from(call_to_code(self.call)) & 0xfff;
@@ -157,6 +164,7 @@ impl Failure {
             (5, 0) => Cause::NoLibrary,
             (6, 0) => Cause::WrongBytes,
             (7, 0) => Cause::Other,
+            (8, 0) => Cause::No,
             _ => return None,
         };
         Some(Self { call, cause })
@@ -200,6 +208,7 @@ impl fmt::Display for Failure {
             Cause::NoSymbol => write!(f, "{call} is missing from the driver library"),
             Cause::NoLibrary => write!(f, "{call} found no driver library"),
             Cause::WrongBytes => write!(f, "{call} read other bytes than were written"),
+            Cause::No => write!(f, "{call} answered no"),
             Cause::Other => write!(f, "{call} failed"),
         }
     }

@@ -56,6 +56,7 @@ fn codes_are_pinned() {
         (Call::EventRecord, 38),
         (Call::EventSynchronize, 39),
         (Call::EventElapsed, 40),
+        (Call::PeerLinks, 41),
     ];
     assert_eq!(calls.map(|(call, _)| call), Call::ALL);
     for (call, code) in calls {
@@ -70,6 +71,7 @@ fn codes_are_pinned() {
         (Cause::NoLibrary, 0x5000_0000_0000),
         (Cause::WrongBytes, 0x6000_0000_0000),
         (Cause::Other, 0x7000_0000_0000),
+        (Cause::No, 0x8000_0000_0000),
     ] {
         let call = Call::Load;
         assert_eq!(Failure { call, cause }.to_code(), code, "{cause:?}");
@@ -161,7 +163,7 @@ fn foreign_codes_are_refused() {
     let beyond = u64::from(calls) << 32;
     for code in [
         0,                   // no cause
-        8 << 44,             // no such cause
+        9 << 44,             // no such cause
         (4 << 44) | 1,       // a value where none belongs
         (1 << 44) | beyond,  // no such call
         (1 << 48) | 1 << 44, // bits above a failure

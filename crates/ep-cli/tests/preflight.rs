@@ -41,6 +41,17 @@ fn of_cluster(name: &str, more: &str) -> Value {
     report(&mut ep(&format!("--cluster {} {more}", shipped(name))))
 }
 
+/// The command, a process for each rank, with a cluster that can be read only once.
+fn of_stdin(toml: &[u8], more: &str) -> Output {
+    let mut child = ep(&format!("--cluster /dev/stdin --spawn processes {more}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(toml).unwrap();
+    child.wait_with_output().unwrap()
+}
+
 fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value
         .as_object()
@@ -132,6 +143,39 @@ fn one_hgx_h200_uses_malloc_and_says_why_not_fabric() {
     assert_eq!(
         last["fabric_trial"],
         serde_json::json!({"ok": false, "call": "cuMemCreate", "status": 800})
+    );
+}
+
+#[test]
+fn gpus_on_pcie_alone_are_not_joined() {
+    let report = of_cluster("pcie", "");
+    assert_eq!(report["usable"], false);
+    check_routes(&report, |_, _| "none");
+    for backend in ["malloc", "posix_fd"] {
+        let what =
+            format!("{backend} refused when rank 0 imports from rank 1 and in 11 more cases");
+        assert_eq!(concerned(&report, &what), [0, 1, 2, 3], "{report}");
+    }
+    let reason = report["reason"].as_str().unwrap();
+    assert!(reason.contains("no NVLink joins the GPUs"), "{reason}");
+}
+
+#[test]
+fn links_that_nvml_does_not_tell_are_noted() {
+    let words = |namespace: &str| {
+        let toml = format!("[[node]]\nname = \"n0\"\ngpus = 3\nipc_namespace = \"{namespace}\"\n");
+        text(&of_stdin(toml.as_bytes(), "").stdout)
+    };
+    let note = "note: on ranks 0-2 NVML does not tell what joins the GPUs,";
+    let private = words("private");
+    assert!(
+        private.contains(note) && private.contains("\nusable"),
+        "{private}"
+    );
+    let shared = words("shared");
+    assert!(
+        !shared.contains("note:") && shared.contains("\nusable"),
+        "{shared}"
     );
 }
 
@@ -315,13 +359,7 @@ fn under_a_launcher_rank_0_speaks_for_all() {
 #[test]
 fn a_cluster_that_can_be_read_only_once_is_enough() {
     let toml = fs::read(shipped("hgx-h200")).unwrap();
-    let mut child = ep("--cluster /dev/stdin --spawn processes --json")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(&toml).unwrap();
-    let output = child.wait_with_output().unwrap();
+    let output = of_stdin(&toml, "--json");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report, of_cluster("hgx-h200", ""));
 }

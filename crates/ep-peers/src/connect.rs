@@ -12,7 +12,7 @@ use zerocopy::little_endian::U32;
 use crate::exchange::Step;
 use crate::fds::{DescriptorError, pass_descriptors};
 use crate::group::Group;
-use crate::import::{self, Access, Import, Importer, Reason, Verdict};
+use crate::import::{self, Access, Import, Importer, NvlinkCheck, Reason, Verdict};
 use crate::table::PeerTable;
 use crate::topology::{Nearness, Topology};
 use crate::wire::{Facts, Handle, Identity, Record, RecordError, Refusal};
@@ -241,7 +241,15 @@ impl Peers {
     pub fn verdict(&self, from: u32, to: u32) -> Result<Access, Reason> {
         let row = self.verdicts.get(from as usize);
         let verdict = row.and_then(|row| row.get(to as usize));
-        verdict.copied().unwrap_or(Err(Reason::Absent))
+        let verdict = verdict.copied().unwrap_or(Err(Reason::Absent));
+        verdict.map(|(access, _)| access)
+    }
+
+    /// Whether NVLink joins the GPUs of `from` and `to`, if these are two of one host and `from`
+    /// reaches `to`. Known of every pair, on every member.
+    pub fn nvlink(&self, from: u32, to: u32) -> Option<NvlinkCheck> {
+        let row = self.verdicts.get(from as usize)?;
+        row.get(to as usize)?.ok()?.1
     }
 
     /// A member's record.
@@ -522,9 +530,9 @@ impl Meeting {
                 Some(record) => importer.import(record, descriptor),
                 None => Err(Reason::Absent),
             };
-            row.push(outcome.map(|(access, import)| {
+            row.push(outcome.map(|(access, link, import)| {
                 self.imports[rank as usize] = Some(import);
-                access
+                (access, link)
             }));
         }
         row

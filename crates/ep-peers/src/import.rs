@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ep_sys::vmm::{IpcMapping, Mapping, Physical};
-use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, ShareableHandle};
+use ep_sys::{Bytes16, DeviceOrdinal, DevicePtr, Driver, Link, ShareableHandle};
 
 use crate::fds::DescriptorError;
 use crate::topology::{Nearness, Topology};
@@ -47,6 +47,8 @@ pub enum Reason {
     NotVisible,
     /// The rank's GPU cannot address the other's.
     NoPeerAccess,
+    /// The GPUs address each other over PCIe, where lines of the wire may tear.
+    NoNvlink,
     /// The other's descriptor did not come.
     NoDescriptor(DescriptorError),
     /// The other's memory has no address.
@@ -87,6 +89,9 @@ impl fmt::Display for Reason {
             Self::NoPeerAccess => f.write_str(
                 "the GPUs cannot address each other; check nvidia-smi topo -p2p r on this host",
             ),
+            Self::NoNvlink => {
+                f.write_str("no NVLink joins the GPUs; check nvidia-smi topo -p2p n on this host")
+            }
             Self::NoDescriptor(error) => fmt::Display::fmt(error, f),
             Self::NoAddress => f.write_str("its memory has no address; check that rank's log"),
             Self::NoTable(refusal) => {
@@ -99,8 +104,32 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Whether a rank reaches another.
-pub(crate) type Verdict = Result<Access, Reason>;
+/// Whether NVLink joins the GPUs of two ranks that reach each other, by NVML. Where that is not known
+/// they are taken for joined: the driver lets them address each other, which it also does over PCIe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NvlinkCheck {
+    /// It does.
+    Joined,
+    /// NVML does not tell: it does not see the other's GPU, as in a container, or has no answer.
+    Unknown,
+    /// NVML could not be asked.
+    Refused(Refusal),
+}
+
+impl fmt::Display for NvlinkCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Joined => f.write_str("NVLink joins the GPUs"),
+            Self::Unknown => f.write_str("NVML does not tell what joins the GPUs"),
+            Self::Refused(refusal) => {
+                write!(f, "NVML does not tell what joins the GPUs, {refusal}")
+            }
+        }
+    }
+}
+
+/// Whether a rank reaches another, how, and over what, where it is another GPU of its host.
+pub(crate) type Verdict = Result<(Access, Option<NvlinkCheck>), Reason>;
 
 /// A peer's memory, held for this device.
 #[derive(Debug)]
@@ -137,6 +166,8 @@ pub(crate) struct Importer<'a> {
     topology: &'a Topology,
     /// The process's devices by UUID, asked for at the first need.
     devices: OnceCell<Vec<(Bytes16, DeviceOrdinal)>>,
+    /// What joins the device and the GPUs of the host's members, asked for at the first need.
+    links: OnceCell<Vec<(Bytes16, Result<Link, Refusal>)>>,
 }
 
 impl<'a> Importer<'a> {
@@ -152,6 +183,7 @@ impl<'a> Importer<'a> {
             rank,
             topology,
             devices: OnceCell::new(),
+            links: OnceCell::new(),
         }
     }
 
@@ -160,7 +192,7 @@ impl<'a> Importer<'a> {
         &self,
         peer: &Record,
         descriptor: Result<OwnedFd, DescriptorError>,
-    ) -> Result<(Access, Import), Reason> {
+    ) -> Result<(Access, Option<NvlinkCheck>, Import), Reason> {
         let Some(nearness) = self.topology.nearness(self.rank, peer.rank) else {
             return Err(Reason::Absent);
         };
@@ -197,7 +229,43 @@ impl<'a> Importer<'a> {
         if reached.1.ptr().is_null() {
             return Err(Reason::NoAddress);
         }
-        Ok(reached)
+        let (access, import) = reached;
+        let links = self.links.get_or_init(|| self.links());
+        let link = links.iter().find(|(gpu, _)| *gpu == peer.identity.gpu);
+        let check = match link.map(|&(_, link)| link) {
+            None => None,
+            Some(Ok(Link::Nvlink)) => Some(NvlinkCheck::Joined),
+            Some(Ok(Link::Other)) => return Err(Reason::NoNvlink),
+            Some(Ok(Link::Unknown)) => Some(NvlinkCheck::Unknown),
+            Some(Err(refusal)) => Some(NvlinkCheck::Refused(refusal)),
+        };
+        Ok((access, check, import))
+    }
+
+    /// The links to the other GPUs of this host's members.
+    fn links(&self) -> Vec<(Bytes16, Result<Link, Refusal>)> {
+        let own = self.topology.identity(self.rank).map(|own| own.gpu);
+        let hosts = self.topology.hosts();
+        let host = hosts.iter().find(|ranks| ranks.contains(&self.rank));
+        let mut others: Vec<_> = host
+            .into_iter()
+            .flatten()
+            .filter_map(|&rank| Some(self.topology.identity(rank)?.gpu))
+            .filter(|gpu| Some(*gpu) != own && !gpu.is_zero())
+            .collect();
+        others.sort_unstable();
+        others.dedup();
+        if others.is_empty() {
+            return Vec::new();
+        }
+        match self.driver.peer_links(self.device, &others) {
+            Ok(links) => others.into_iter().zip(links.into_iter().map(Ok)).collect(),
+            Err(error) => {
+                tracing::warn!(rank = self.rank, %error, "what joins the host's GPUs is not known");
+                let refusal = Refusal::from(&error);
+                others.into_iter().map(|gpu| (gpu, Err(refusal))).collect()
+            }
+        }
     }
 
     fn map(&self, handle: &ShareableHandle, peer: &Record) -> Result<Import, Reason> {
@@ -251,17 +319,21 @@ pub(crate) fn encode(verdict: Verdict) -> [u32; 3] {
         [code, call, status]
     };
     match verdict {
-        Ok(access) => [
-            match access {
+        Ok((access, check)) => {
+            let access = match access {
                 Access::Own => 0,
                 Access::Process => 1,
                 Access::Ipc => 2,
                 Access::PosixFd => 3,
                 Access::Fabric => 4,
-            },
-            0,
-            0,
-        ],
+            };
+            match check {
+                None => [access, 0, 0],
+                Some(NvlinkCheck::Joined) => [access | 0x100, 0, 0],
+                Some(NvlinkCheck::Unknown) => [access | 0x200, 0, 0],
+                Some(NvlinkCheck::Refused(refusal)) => with(access | 0x300, Some(refusal)),
+            }
+        }
         Err(Reason::Absent) => [16, 0, 0],
         Err(Reason::PeerOffersNothing(refusal)) => with(17, refusal),
         Err(Reason::OffersNothing(refusal)) => with(18, refusal),
@@ -281,6 +353,7 @@ pub(crate) fn encode(verdict: Verdict) -> [u32; 3] {
         }
         Err(Reason::NoAddress) => [25, 0, 0],
         Err(Reason::NoTable(refusal)) => with(26, Some(refusal)),
+        Err(Reason::NoNvlink) => [27, 0, 0],
     }
 }
 
@@ -288,12 +361,22 @@ pub(crate) fn encode(verdict: Verdict) -> [u32; 3] {
 pub(crate) fn decode([code, a, b]: [u32; 3]) -> Option<Verdict> {
     let plain = |verdict: Verdict| ([a, b] == [0, 0]).then_some(verdict);
     let refusal = || Refusal::decode([a, b]);
+    let reached = |access| match code >> 8 {
+        0 => plain(Ok((access, None))),
+        1 => plain(Ok((access, Some(NvlinkCheck::Joined)))),
+        2 => plain(Ok((access, Some(NvlinkCheck::Unknown)))),
+        3 => Some(Ok((access, Some(NvlinkCheck::Refused(refusal()??))))),
+        _ => None,
+    };
+    match code & 0xff {
+        0 => return reached(Access::Own),
+        1 => return reached(Access::Process),
+        2 => return reached(Access::Ipc),
+        3 => return reached(Access::PosixFd),
+        4 => return reached(Access::Fabric),
+        _ => {}
+    }
     match code {
-        0 => plain(Ok(Access::Own)),
-        1 => plain(Ok(Access::Process)),
-        2 => plain(Ok(Access::Ipc)),
-        3 => plain(Ok(Access::PosixFd)),
-        4 => plain(Ok(Access::Fabric)),
         16 => plain(Err(Reason::Absent)),
         17 => Some(Err(Reason::PeerOffersNothing(refusal()?))),
         18 => Some(Err(Reason::OffersNothing(refusal()?))),
@@ -315,6 +398,7 @@ pub(crate) fn decode([code, a, b]: [u32; 3]) -> Option<Verdict> {
         }
         25 => plain(Err(Reason::NoAddress)),
         26 => Some(Err(Reason::NoTable(refusal()??))),
+        27 => plain(Err(Reason::NoNvlink)),
         _ => None,
     }
 }
@@ -336,11 +420,11 @@ mod tests {
             status: None,
         };
         let verdicts = [
-            Ok(Access::Own),
-            Ok(Access::Process),
-            Ok(Access::Ipc),
-            Ok(Access::PosixFd),
-            Ok(Access::Fabric),
+            Ok((Access::Own, None)),
+            Ok((Access::Process, Some(NvlinkCheck::Joined))),
+            Ok((Access::Ipc, Some(NvlinkCheck::Refused(unanswered)))),
+            Ok((Access::PosixFd, Some(NvlinkCheck::Unknown))),
+            Ok((Access::Fabric, None)),
             Err(Reason::Absent),
             Err(Reason::PeerOffersNothing(None)),
             Err(Reason::PeerOffersNothing(Some(refusal))),
@@ -360,6 +444,7 @@ mod tests {
                 errno: 24,
             })),
             Err(Reason::NoAddress),
+            Err(Reason::NoNvlink),
             Err(Reason::NoTable(refusal)),
         ];
         for verdict in verdicts {
@@ -372,6 +457,10 @@ mod tests {
         let bad = [
             [5, 0, 0],
             [0, 1, 0],
+            [0x101, 0, 1],
+            [0x301, u32::MAX, u32::MAX],
+            [0x401, 0, 0],
+            [0x110, 0, 0],
             [19, u32::MAX, u32::MAX],
             [19, 9999, 0],
             [17, u32::MAX, 3],

@@ -32,7 +32,7 @@ pub use connect::{Export, Offer, Peers, Unreachable, connect};
 pub use error::{Error, Result};
 pub use fds::{DescriptorError, pass_descriptors};
 pub use group::Group;
-pub use import::{Access, Reason};
+pub use import::{Access, NvlinkCheck, Reason};
 pub use topology::{Nearness, Topology, process_token};
 
 /// FNV-1a, 64 bits. Every step is invertible, so any change of one byte changes the sum.

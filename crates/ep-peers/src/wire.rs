@@ -100,15 +100,19 @@ pub enum Handle {
 pub struct Refusal {
     /// The call.
     pub call: Call,
-    /// What the driver answered; none if it could not be asked.
+    /// What the driver, or NVML where the call is its, answered; none if it could not be asked.
     pub status: Option<Status>,
 }
 
 impl From<&ep_sys::Error> for Refusal {
     fn from(error: &ep_sys::Error) -> Self {
+        let status = match error {
+            ep_sys::Error::Nvml { status, .. } => Some(Status(*status)),
+            error => error.status(),
+        };
         Self {
             call: error.call(),
-            status: error.status(),
+            status,
         }
     }
 }
@@ -116,6 +120,9 @@ impl From<&ep_sys::Error> for Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.status {
+            Some(Status(status)) if self.call.is_of_nvml() => {
+                write!(f, "{} returned NVML status {status}", self.call)
+            }
             Some(status) => write!(f, "{} returned {status}", self.call),
             None => write!(f, "{} could not be called", self.call),
         }

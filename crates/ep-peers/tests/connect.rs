@@ -11,7 +11,7 @@ use common::memory::{DIGEST, Kind, Memory, failed_offer, identity, prove};
 use ep_peers::exchange::local::{Local, local};
 use ep_peers::exchange::{Cause, Exchange, Fault, Step};
 use ep_peers::wire::{Identity, Refusal};
-use ep_peers::{Access, Error, Group, Nearness, Offer, Peers, Reason, connect};
+use ep_peers::{Access, Error, Group, Nearness, NvlinkCheck, Offer, Peers, Reason, connect};
 use ep_sim::{Cluster, Entry, FaultPlan, Gpu, IpcNamespace, Node, Outcome, PeerAccess, SimDriver};
 use ep_sys::{Call, DeviceOrdinal, DevicePtr, Driver, Status};
 
@@ -275,6 +275,7 @@ fn refused(call: Call, status: Status) -> Reason {
 fn refusals_of_the_cluster_become_reasons() {
     let private = Cluster::hgx_h200(2).map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
     let apart = Cluster::hgx_h200(2).map_gpus(|gpu| gpu.peer_access = PeerAccess::None);
+    let pcie = Cluster::hgx_h200(2).map_gpus(|gpu| gpu.peer_access = PeerAccess::Pcie);
     let deaf = Cluster::gb200_nvl72(1).map_gpus(|gpu| gpu.import_fabric = Status::NOT_PERMITTED);
     for (cluster, ranks, kind, reason) in [
         (
@@ -290,6 +291,9 @@ fn refusals_of_the_cluster_become_reasons() {
             refused(Call::IpcOpen, Status::PEER_ACCESS_UNSUPPORTED),
         ),
         (&apart, Ranks::Threads, Kind::Malloc, Reason::NoPeerAccess),
+        (&pcie, Ranks::Threads, Kind::Malloc, Reason::NoNvlink),
+        (&pcie, Ranks::Processes, Kind::Malloc, Reason::NoNvlink),
+        (&pcie, Ranks::Processes, Kind::PosixFd, Reason::NoNvlink),
         (
             &deaf,
             Ranks::Processes,
@@ -308,6 +312,36 @@ fn refusals_of_the_cluster_become_reasons() {
             }
         }
     }
+}
+
+#[test]
+fn gpus_of_which_nvml_cannot_tell_connect() {
+    // In containers of their own processes see only their own GPUs.
+    let hidden = Cluster::hgx_h200(2).map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+    let verdicts = connected(&hidden, Ranks::Processes, Kind::PosixFd);
+    assert_eq!(verdicts, all_by(Access::PosixFd, 2));
+
+    run(&Cluster::hgx_h200(2), Ranks::Processes, |rank| {
+        rank.sim
+            .inject(FaultPlan::fail_nth_of(Call::PeerLinks, 0, Status::UNKNOWN));
+        let memory = rank.memory(Kind::Malloc);
+        let peers = rank.connect(&memory).unwrap();
+        rank.prove(&peers);
+        peers.disconnect(&rank.group(), soon()).unwrap();
+    });
+}
+
+#[test]
+fn links_are_asked_for_once() {
+    run(&Cluster::hgx_h200(4), Ranks::Threads, |rank| {
+        let memory = rank.memory(Kind::PosixFd);
+        let peers = rank.connect(&memory).unwrap();
+        let asked = rank.sim.journal().into_iter();
+        let asked =
+            asked.filter(|entry| entry.call == Call::PeerLinks && entry.device == rank.device);
+        assert_eq!(asked.count(), 1);
+        peers.disconnect(&rank.group(), soon()).unwrap();
+    });
 }
 
 #[test]
@@ -727,14 +761,19 @@ fn the_table_is_cleared_before_anything_is_unmapped() {
 // ---- Faults in every driver call ----
 
 /// What a rank met on its way through everything: an error if it could not go on, and the reason for
-/// every peer that it could not reach.
-type Life = (Option<Error>, Vec<Reason>);
+/// every peer that it could not reach, or of whose link it could not learn.
+type Life = (Option<Error>, Vec<String>);
 
 fn live(rank: &Rank, [first, second]: [Offer; 2]) -> Life {
     let mut reasons = Vec::new();
     let mut note = |peers: &Peers| {
         let ranks = 0..peers.num_ranks();
-        reasons.extend(ranks.filter_map(|peer| Some(peers.reason(peer)?.reason)));
+        reasons.extend(
+            ranks.filter_map(|peer| match peers.nvlink(peers.rank(), peer) {
+                Some(check @ NvlinkCheck::Refused(_)) => Some(check.to_string()),
+                _ => Some(peers.reason(peer)?.reason.to_string()),
+            }),
+        );
     };
     let group = rank.group();
     let outcome =
@@ -877,7 +916,6 @@ fn life_with(cluster: &Cluster, ranks_are: Ranks, kind: Kind, plan: FaultPlan) -
         .iter()
         .map(|(error, reasons)| {
             let error = error.as_ref().map(|error| chain(error));
-            let reasons: Vec<_> = reasons.iter().map(Reason::to_string).collect();
             format!("{error:?} {reasons:?}; ")
         })
         .collect();

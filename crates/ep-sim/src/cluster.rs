@@ -68,7 +68,7 @@ pub struct Gpu {
     pub create_fabric: Status,
     /// What importing a fabric handle on this GPU returns.
     pub import_fabric: Status,
-    /// Whether it can address other GPUs of its node, and they it.
+    /// Whether it can address other GPUs of its node, and they it, and over which links.
     pub peer_access: PeerAccess,
 }
 
@@ -85,9 +85,11 @@ pub enum IpcNamespace {
 /// Which GPUs of its node a GPU can address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum PeerAccess {
-    /// Every one that also says so.
+    /// Every one, and over NVLink those that also say so.
     #[default]
     All,
+    /// Every one, over PCIe alone.
+    Pcie,
     /// Only itself.
     None,
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use ep_sys::vmm::{DeviceMemory, Event, HostBuffer, Mapping, Physical, Reservation, Stream};
 use ep_sys::{
     Bytes16, Call, DeviceOrdinal, DevicePtr, Driver, Error, EventHandle, GranularityKind,
-    HandleKind, HostMemory, PhysHandle, Result, ShareableHandle, Status, StreamHandle,
+    HandleKind, HostMemory, Link, PhysHandle, Result, ShareableHandle, Status, StreamHandle,
 };
 
 /// How a driver did in one case.
@@ -137,6 +137,11 @@ fn devices(b: &mut Bench<'_>) -> Result<()> {
         "info is stable",
     );
     b.driver.fabric_info(b.device)?;
+    let strangers = [Bytes16([0x5a; 16]), Bytes16([0xa5; 16])];
+    b.check(
+        b.driver.peer_links(b.device, &strangers)? == [Link::Unknown; 2],
+        "of GPUs that the host lacks NVML cannot tell",
+    );
     let absent = DeviceOrdinal(count);
     b.refused(
         "info of an absent device",

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ep_sys::{
     Bytes16, Call, DeviceInfo, DeviceOrdinal, DevicePtr, Driver, Error, EventHandle, FabricInfo,
-    GranularityKind, HandleKind, HostFacts, HostMemory, IPC_HANDLE_BYTES, PhysHandle,
+    GranularityKind, HandleKind, HostFacts, HostMemory, IPC_HANDLE_BYTES, Link, PhysHandle,
     ShareableHandle, StreamHandle,
 };
 use parking_lot::{Mutex, RwLock};
@@ -160,7 +160,7 @@ impl SimDriver {
         };
         self.journal.lock().end(&begun, &result);
         result.map_err(|refusal| match refusal {
-            Refusal::Driver(status) if call == Call::FabricInfo => Error::Nvml {
+            Refusal::Driver(status) if call.is_of_nvml() => Error::Nvml {
                 call,
                 device,
                 status: status.0,
@@ -216,6 +216,20 @@ impl Driver for SimDriver {
     fn fabric_info(&self, device: DeviceOrdinal) -> Result<FabricInfo> {
         self.look(Call::FabricInfo, device, |process| {
             Ok(fabric_of(process.gpu(device)?.1))
+        })
+    }
+
+    fn peer_links(&self, device: DeviceOrdinal, peers: &[Bytes16]) -> Result<Vec<Link>> {
+        self.look(Call::PeerLinks, device, |process| {
+            let gpus = process.node().map_or(0, |node| node.gpus.len() as u32);
+            let number = |uuid: &Bytes16| {
+                (0..gpus).find(|gpu| identity("gpu", process, Some(*gpu)) == *uuid)
+            };
+            let link = |peer| match number(peer) {
+                Some(number) => process.link(device, number),
+                None => Ok(Link::Unknown),
+            };
+            peers.iter().map(link).collect()
         })
     }
 

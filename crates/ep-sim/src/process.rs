@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ep_sys::{
     DeviceOrdinal, DevicePtr, EventHandle, FABRIC_HANDLE_BYTES, FabricInfo, HandleKind, HostMemory,
-    IPC_HANDLE_BYTES, PhysHandle, ShareableHandle, Status, StreamHandle,
+    IPC_HANDLE_BYTES, Link, PhysHandle, ShareableHandle, Status, StreamHandle,
 };
 
 use crate::cluster::{Cluster, Gpu, IpcNamespace, Node, PeerAccess};
@@ -173,6 +173,22 @@ impl Process {
             .describe(self.node, gpu)
             .ok_or(Status::INVALID_DEVICE)?;
         Ok((gpu, described))
+    }
+
+    /// What joins a visible device and a GPU of the node, by its number there. A process in a
+    /// container of its own knows no others than the visible.
+    pub(crate) fn link(&self, device: DeviceOrdinal, peer: u32) -> Result<Link> {
+        let (_, gpu) = self.gpu(device)?;
+        let hidden = self
+            .node()
+            .is_some_and(|node| node.ipc_namespace == IpcNamespace::Private)
+            && self.devices.iter().all(|visible| visible.gpu != peer);
+        let by_nvlink = |gpu: &Gpu| gpu.peer_access == PeerAccess::All;
+        Ok(match self.describe(self.node, peer) {
+            Some(peer) if !hidden && by_nvlink(gpu) && by_nvlink(peer) => Link::Nvlink,
+            Some(_) if !hidden => Link::Other,
+            _ => Link::Unknown,
+        })
     }
 
     pub(crate) fn can_access_peer(
@@ -889,7 +905,7 @@ fn describe(cluster: &Cluster, node: u32, gpu: u32) -> Option<&Gpu> {
 
 fn reaches(cluster: &Cluster, node: u32, here: u32, there: u32) -> bool {
     let open =
-        |gpu| describe(cluster, node, gpu).is_some_and(|gpu| gpu.peer_access == PeerAccess::All);
+        |gpu| describe(cluster, node, gpu).is_some_and(|gpu| gpu.peer_access != PeerAccess::None);
     here == there || (open(here) && open(there))
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use ep_sim::{Cluster, Gpu, IpcNamespace, Node, PeerAccess, SimDriver};
 use ep_sys::{
-    DeviceOrdinal, DevicePtr, Driver, Error, GranularityKind, HandleKind, HostMemory, PhysHandle,
-    ShareableHandle, Status, StreamHandle,
+    DeviceOrdinal, DevicePtr, Driver, Error, GranularityKind, HandleKind, HostMemory, Link,
+    PhysHandle, ShareableHandle, Status, StreamHandle,
 };
 
 const D0: DeviceOrdinal = DeviceOrdinal(0);
@@ -342,6 +342,35 @@ fn fabric_imports_are_refused_as_the_file_says() {
 
     let unfinished = rack.map_gpus(|gpu| gpu.fabric_status = 3);
     assert_eq!(status(fabric(&unfinished, 0, 4)), Status::INVALID_HANDLE);
+}
+
+#[test]
+fn links_are_those_of_both_gpus_where_they_can_be_seen() {
+    let uuids = |cluster: &Cluster| {
+        let all = SimDriver::new(cluster, 0, &[0, 1, 2]);
+        [0, 1, 2].map(|gpu| all.device_info(DeviceOrdinal(gpu)).unwrap().uuid)
+    };
+    let links = |cluster: &Cluster, visible: &[u32]| {
+        let driver = SimDriver::new(cluster, 0, visible);
+        driver.peer_links(D0, &uuids(cluster)).unwrap()
+    };
+    let mut cluster = Cluster::hgx_h200(3);
+    cluster.nodes[0].gpus[2].peer_access = PeerAccess::Pcie;
+    let nvlink_but_for_2 = [Link::Nvlink, Link::Nvlink, Link::Other];
+    assert_eq!(links(&cluster, &[0]), nvlink_but_for_2);
+    assert_eq!(links(&cluster, &[2]), [Link::Other; 3]);
+    let both = SimDriver::new(&cluster, 0, &[0, 2]);
+    assert!(both.can_access_peer(D0, D1).unwrap());
+
+    let private = cluster.map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
+    let own_alone = [Link::Unknown, Link::Nvlink, Link::Unknown];
+    assert_eq!(links(&private, &[1]), own_alone);
+    let driver = SimDriver::new(&private, 0, &[0]);
+    let elsewhere = uuids(&Cluster::gb200_nvl72(1));
+    assert_eq!(
+        driver.peer_links(D0, &elsewhere).unwrap(),
+        [Link::Unknown; 3]
+    );
 }
 
 #[test]

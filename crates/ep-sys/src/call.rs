@@ -66,6 +66,14 @@ calls! {
     EventRecord => "cuEventRecord",
     EventSynchronize => "cuEventSynchronize",
     EventElapsed => "cuEventElapsedTime",
+    PeerLinks => "nvmlDeviceGetP2PStatus",
+}
+
+impl Call {
+    /// Whether it is NVML's, whose statuses are other than the driver's.
+    pub fn is_of_nvml(self) -> bool {
+        matches!(self, Self::FabricInfo | Self::PeerLinks)
+    }
 }
 
 impl fmt::Display for Call {

@@ -42,6 +42,18 @@ pub enum FabricState {
     Other(u32),
 }
 
+/// What joins two GPUs of a host, by NVML (`nvmlDeviceGetP2PStatus`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Link {
+    /// NVLink, switches in between or not.
+    Nvlink,
+    /// PCIe alone, or nothing.
+    Other,
+    /// NVML does not say: the other GPU is hidden from it, as in a container, or the driver has no
+    /// answer.
+    Unknown,
+}
+
 /// NVML's view of a GPU's fabric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FabricInfo {

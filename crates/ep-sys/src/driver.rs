@@ -3,8 +3,9 @@
 use std::fmt;
 
 use crate::{
-    DeviceInfo, DeviceOrdinal, DevicePtr, EventHandle, FabricInfo, GranularityKind, HandleKind,
-    HostFacts, HostMemory, IPC_HANDLE_BYTES, PhysHandle, Result, ShareableHandle, StreamHandle,
+    Bytes16, DeviceInfo, DeviceOrdinal, DevicePtr, EventHandle, FabricInfo, GranularityKind,
+    HandleKind, HostFacts, HostMemory, IPC_HANDLE_BYTES, Link, PhysHandle, Result, ShareableHandle,
+    StreamHandle,
 };
 
 /// A GPU driver: the real one ([`CudaDriver`](crate::CudaDriver)) or a simulated cluster.
@@ -33,6 +34,10 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// NVML's fabric information; of a GPU that has no fabric [`FabricInfo::NONE`]. It is an error
     /// if NVML is missing, too old, or refuses: the GPU may well be in a fabric.
     fn fabric_info(&self, device: DeviceOrdinal) -> Result<FabricInfo>;
+    /// What joins `device` and each of these other GPUs of the host, by their UUIDs, in their order.
+    /// They need not be visible to this process. It is an error if NVML is missing, too old, or
+    /// refuses.
+    fn peer_links(&self, device: DeviceOrdinal, peers: &[Bytes16]) -> Result<Vec<Link>>;
     /// Whether `device` can address the memory of `peer`, both visible to this process.
     fn can_access_peer(&self, device: DeviceOrdinal, peer: DeviceOrdinal) -> Result<bool>;
     /// Lets `device` address plain allocations of `peer`. Enabling twice is no error.

@@ -32,7 +32,7 @@ mod types;
 pub mod vmm;
 
 pub use call::Call;
-pub use caps::{DeviceInfo, FabricInfo, FabricState, HostFacts};
+pub use caps::{DeviceInfo, FabricInfo, FabricState, HostFacts, Link};
 pub use cuda::CudaDriver;
 pub use driver::Driver;
 pub use error::{Error, Result, Status};

@@ -10,7 +10,7 @@ use ep_alloc::{
     decide,
 };
 use ep_peers::wire::{Facts, Identity, Refusal};
-use ep_peers::{Access, DescriptorError, Offer, Peers, Reason, Unreachable, connect};
+use ep_peers::{Access, DescriptorError, NvlinkCheck, Offer, Peers, Reason, Unreachable, connect};
 use ep_sys::{Call, DevicePtr};
 use parking_lot::Mutex;
 
@@ -250,12 +250,15 @@ impl Ties {
         &self.peers
     }
 
-    /// Whether and how each rank reaches each, `[from][to]`.
-    pub(crate) fn verdicts(&self) -> Vec<Vec<Result<Access, Reason>>> {
+    /// Whether and how each rank reaches each, and over what, `[from][to]`.
+    pub(crate) fn verdicts(&self) -> Vec<Vec<Verdict>> {
         let ranks = 0..self.peers.num_ranks();
         let row = |from| {
-            let verdicts = ranks.clone().map(|to| self.peers.verdict(from, to));
-            verdicts.collect()
+            let verdict = |to| {
+                let access = self.peers.verdict(from, to)?;
+                Ok((access, self.peers.nvlink(from, to)))
+            };
+            ranks.clone().map(verdict).collect()
         };
         ranks.clone().map(row).collect()
     }
@@ -441,11 +444,18 @@ impl Symmetric {
     }
 }
 
+/// How a rank reaches another, and over what if they have two GPUs of one host, or why not.
+pub(crate) type Verdict = Result<(Access, Option<NvlinkCheck>), Reason>;
+
 /// Why an import failed, in the policy's terms.
 fn failure(reason: Reason) -> Failure {
     let other = |call| Failure {
         call,
         cause: Cause::Other,
+    };
+    let no = |call| Failure {
+        call,
+        cause: Cause::No,
     };
     let refused = |Refusal { call, status }: Refusal| Failure {
         call,
@@ -456,7 +466,8 @@ fn failure(reason: Reason) -> Failure {
         | Reason::NoTable(refusal)
         | Reason::PeerOffersNothing(Some(refusal))
         | Reason::OffersNothing(Some(refusal)) => refused(refusal),
-        Reason::NoPeerAccess => other(Call::CanAccessPeer),
+        Reason::NoPeerAccess => no(Call::CanAccessPeer),
+        Reason::NoNvlink => no(Call::PeerLinks),
         Reason::NotVisible => other(Call::DeviceInfo),
         Reason::NoDescriptor(
             DescriptorError::NotSent { errno } | DescriptorError::NotReceived { errno },

@@ -10,11 +10,11 @@ use ep_alloc::{
     Route, probe, route,
 };
 use ep_kernels::{HostKernels, ffi};
-use ep_peers::{Access, Unreachable};
+use ep_peers::{Access, NvlinkCheck, Unreachable};
 use ep_sys::{Bytes16, DeviceOrdinal, Driver};
 
 pub use self::bandwidth::Bandwidth;
-use crate::connection::{Evidence, Ties, first_of};
+use crate::connection::{Evidence, Ties, Verdict, first_of};
 use crate::facts::{self, Hello};
 use crate::session::Session;
 use crate::{Communicator, Config, Device, Error, env};
@@ -159,7 +159,7 @@ pub struct Report {
 }
 
 /// Who reached whom, `[from][to]`.
-type Verdicts = Vec<Vec<Result<Access, ep_peers::Reason>>>;
+type Verdicts = Vec<Vec<Verdict>>;
 
 /// What connecting by one backend showed.
 struct Attempt {
@@ -277,7 +277,13 @@ impl Report {
 
     /// By what kind of mapping rank `from` reached rank `to`, if it did.
     pub fn access(&self, from: u32, to: u32) -> Option<Access> {
-        self.verdict(from, to)?.ok()
+        Some(self.verdict(from, to)?.ok()?.0)
+    }
+
+    /// Whether NVLink joins the GPUs of `from` and `to`, if these are two of one host and `from`
+    /// reached `to`.
+    pub fn nvlink(&self, from: u32, to: u32) -> Option<NvlinkCheck> {
+        self.verdict(from, to)?.ok()?.1
     }
 
     /// Why two ranks have no pointers to each other: the direction that failed. `None` if they have,
@@ -317,7 +323,7 @@ impl Report {
         problems
     }
 
-    fn verdict(&self, from: u32, to: u32) -> Option<Result<Access, ep_peers::Reason>> {
+    fn verdict(&self, from: u32, to: u32) -> Option<Verdict> {
         let row = self.verdicts.get(from as usize)?;
         row.get(to as usize).copied()
     }

@@ -59,10 +59,11 @@ fn build(place: &Place) {
     let calls = built.calls.clone();
     clean.end(built.all_well());
     // What the probe is refused of memory that the group does not use decides nothing. Nor does it
-    // matter how an attempt fails that is given up, and whether it is left in order.
+    // matter how an attempt fails that is given up, and whether it is left in order. Where NVML cannot
+    // tell what joins GPUs, they are taken for joined.
     let mut sweep = Sweep::new("build", place, |n, call| {
         let given_up = is_release(call) || matches!(call, Call::IpcOpen | Call::CopyToDevice);
-        n < probed || place.attempts > 1 && given_up
+        n < probed || call == Call::PeerLinks || place.attempts > 1 && given_up
     });
     sweep.probed = probed;
     for n in 0..calls.len() {
@@ -96,9 +97,10 @@ fn refresh() {
         let calls = refreshed.calls.clone();
         refreshed.all_well();
         clean.end(ranks);
-        // The group is connected anew even where a mapping from before is stuck; that is logged.
+        // The group is connected anew even where a mapping from before is stuck, or NVML cannot tell
+        // what joins GPUs; that is logged.
         let mut sweep = Sweep::new("refresh", &place, |_, call| {
-            is_release(call) && call != Call::StreamDestroy
+            call == Call::PeerLinks || is_release(call) && call != Call::StreamDestroy
         });
         for n in 0..calls.len() {
             let group = Group::new(&place);

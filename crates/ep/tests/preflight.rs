@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use ep::alloc::{BackendKind, Route};
 use ep::driver::{Call, DeviceOrdinal, Driver, FabricState, Status};
+use ep::peers::NvlinkCheck;
 use ep::{Choice, Communicator, Error, Preflight, Report};
 use ep_sim::{Cluster, FaultPlan, IpcNamespace, SimDriver};
 
@@ -45,9 +46,12 @@ fn findings(report: &Report) -> String {
     let gpus: Vec<_> = report.facts.iter().map(|f| &f.pci_bus_id).collect();
     let routes = report.facts.iter().map(|f| report.route(0, f.rank));
     let routes: Vec<Route> = routes.collect();
+    let ranks = || report.facts.iter().map(|f| f.rank);
+    let links = ranks().flat_map(|a| ranks().map(move |b| report.nvlink(a, b)));
+    let links: Vec<_> = links.collect();
     let plan = &report.plan;
     format!(
-        "{trials:?} {gpus:?} {routes:?} {plan:?} {:?}",
+        "{trials:?} {gpus:?} {routes:?} {links:?} {plan:?} {:?}",
         report.problems()
     )
 }
@@ -94,6 +98,7 @@ fn private_ipc_namespaces_are_found_by_importing() {
         .unwrap();
     assert_eq!(auto.backend, BackendKind::PosixFd);
     assert_eq!(auto.route(0, 1), Route::Nvlink);
+    assert_eq!(auto.nvlink(0, 1), Some(NvlinkCheck::Unknown));
     assert!(auto.is_usable());
 
     let malloc = [Choice::Force(BackendKind::Malloc); 2];

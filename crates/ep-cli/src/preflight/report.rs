@@ -3,7 +3,7 @@
 use std::fmt;
 
 use ep::alloc::{BackendKind, CliqueGap, RankFacts, Route, Trial};
-use ep::peers::{Access, Reason};
+use ep::peers::{Access, NvlinkCheck, Reason};
 use ep::{Bandwidth, Error, Problem, Report};
 use serde::Serialize;
 
@@ -161,6 +161,14 @@ impl fmt::Display for Words<'_> {
             writeln!(f, "problem: {}", problem.what)?;
             writeln!(f, "  {}", problem.check)?;
         }
+        for (check, ranks) in unchecked(report) {
+            writeln!(
+                f,
+                "note: on ranks {} {check}, so they are taken for joined by NVLink; over PCIe alone \
+                 results may be wrong: check nvidia-smi topo -p2p n on the host",
+                Numbers(&ranks)
+            )?;
+        }
         let islands = islands(report);
         if islands.len() > 1 && report.is_usable() {
             f.write_str("note: dispatch and combine go over NVLink, which does not join ranks ")?;
@@ -238,6 +246,25 @@ fn why(report: &Report, rank: u32, peer: u32) -> String {
         Some(Access::Fabric) => "a pointer by a fabric handle",
         None => "no pointer was tried",
     })
+}
+
+/// Ranks to whose peers NVML does not tell the link, those with one reason together.
+fn unchecked(report: &Report) -> Vec<(NvlinkCheck, Vec<u32>)> {
+    let ranks = || report.facts.iter().map(|facts| facts.rank);
+    let mut groups: Vec<(NvlinkCheck, Vec<u32>)> = Vec::new();
+    for rank in ranks() {
+        let checks = ranks()
+            .filter(|&peer| report.route(rank, peer) == Route::Nvlink)
+            .filter_map(|peer| report.nvlink(rank, peer));
+        for check in checks.filter(|check| *check != NvlinkCheck::Joined) {
+            match groups.iter_mut().find(|(known, _)| *known == check) {
+                Some((_, concerned)) if concerned.last() == Some(&rank) => {}
+                Some((_, concerned)) => concerned.push(rank),
+                None => groups.push((check, vec![rank])),
+            }
+        }
+    }
+    groups
 }
 
 /// Ranks that NVLink joins, together.

@@ -177,8 +177,12 @@ fn gpu(section: &Section<'_>) -> Result<Gpu, ClusterError> {
         import_fabric: Status(section.integer("import_fabric", default.import_fabric.0)?),
         peer_access: section.one_of(
             "peer_access",
-            "\"all\" or \"none\"",
-            &[("all", PeerAccess::All), ("none", PeerAccess::None)],
+            "\"all\", \"pcie\" or \"none\"",
+            &[
+                ("all", PeerAccess::All),
+                ("pcie", PeerAccess::Pcie),
+                ("none", PeerAccess::None),
+            ],
             default.peer_access,
         )?,
     })

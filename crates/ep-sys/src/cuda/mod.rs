@@ -34,7 +34,7 @@ use self::table::Table;
 use crate::nvml::Nvml;
 use crate::{
     Bytes16, Call, DeviceInfo, DeviceOrdinal, DevicePtr, Driver, Error, EventHandle, FabricInfo,
-    GranularityKind, HandleKind, HostFacts, HostMemory, IPC_HANDLE_BYTES, PhysHandle, Result,
+    GranularityKind, HandleKind, HostFacts, HostMemory, IPC_HANDLE_BYTES, Link, PhysHandle, Result,
     ShareableHandle, Status, StreamHandle,
 };
 
@@ -325,6 +325,13 @@ impl Driver for CudaDriver {
         // common to both.
         let pci_bus_id = self.pci_bus_id(site)?;
         self.nvml()?.fabric_info(site, &pci_bus_id)
+    }
+
+    fn peer_links(&self, device: DeviceOrdinal, peers: &[Bytes16]) -> Result<Vec<Link>> {
+        let call = Call::PeerLinks;
+        let site = Site { call, device };
+        let pci_bus_id = self.pci_bus_id(site)?;
+        self.nvml()?.peer_links(site, &pci_bus_id, peers)
     }
 
     fn can_access_peer(&self, device: DeviceOrdinal, peer: DeviceOrdinal) -> Result<bool> {

@@ -13,7 +13,7 @@ use crate::fake::Fake;
 use crate::vmm::{DeviceMemory, Event, HostBuffer, IpcMapping, Mapping, Physical, Stream};
 use crate::{
     Bytes16, Call, DeviceOrdinal, DevicePtr, Driver, Error, GranularityKind, HandleKind,
-    HostMemory, Result, ShareableHandle, Status, StreamHandle,
+    HostMemory, Link, Result, ShareableHandle, Status, StreamHandle,
 };
 
 const NO_NVML: &str = "/nonexistent/libnvidia-ml.so.1";
@@ -293,6 +293,7 @@ fn an_ordinal_out_of_range_is_refused_before_the_driver_is_asked() {
         (Call::MemAlloc, driver.mem_alloc(absent, 64).unwrap_err()),
         (Call::DeviceInfo, driver.device_info(absent).unwrap_err()),
         (Call::FabricInfo, driver.fabric_info(absent).unwrap_err()),
+        (Call::PeerLinks, driver.peer_links(absent, &[]).unwrap_err()),
         (
             Call::CanAccessPeer,
             driver.can_access_peer(D0, absent).unwrap_err(),
@@ -691,17 +692,20 @@ fn streams_and_events() {
 }
 
 #[test]
-fn fabric_info_finds_the_gpu_by_its_pci_address() {
+fn nvml_finds_the_gpu_by_its_pci_address() {
     let (Some(cuda), Some(nvml)) = (Fake::libcuda(&[]), Fake::libnvml(&[])) else {
         return;
     };
     let driver = CudaDriver::load_from(cuda.library(), nvml.library()).unwrap();
     assert!(nvml.journal().is_empty());
+    let by_address = String::from("1: nvmlDeviceGetHandleByPciBusId_v2 0000:11:00.0");
     driver.fabric_info(D1).unwrap();
-    assert!(
-        nvml.journal()
-            .contains(&"1: nvmlDeviceGetHandleByPciBusId_v2 0000:11:00.0".into())
+    assert!(nvml.journal().contains(&by_address));
+    assert_eq!(
+        driver.peer_links(D1, &[Bytes16::ZERO]).unwrap(),
+        [Link::Nvlink]
     );
+    assert!(nvml.journal().contains(&by_address));
 }
 
 #[test]

@@ -22,7 +22,7 @@ impl Fake {
 
     /// Compiles a fake NVML.
     pub(crate) fn libnvml(defines: &[&str]) -> Option<Self> {
-        Self::compile(include_str!("libnvml.c"), &["KNOWS=3"], defines)
+        Self::compile(include_str!("libnvml.c"), &["KNOWS=3", "P2P=0"], defines)
     }
 
     fn compile(source: &str, defaults: &[&str], defines: &[&str]) -> Option<Self> {

@@ -1,4 +1,4 @@
-//! NVML: a GPU's registration with its NVLink fabric.
+//! NVML: a GPU's registration with its NVLink fabric, and its links to others.
 
 #![allow(unsafe_code, reason = "this module calls NVML's functions")]
 
@@ -8,11 +8,19 @@ mod tests;
 use std::ffi::{CString, OsStr, c_char, c_void};
 
 use crate::cuda::load::{self, Site, entry_points};
-use crate::{Bytes16, Error, FabricInfo, FabricState, Result};
+use crate::{Bytes16, Error, FabricInfo, FabricState, Link, Result};
 
 const NOT_SUPPORTED: u32 = 3;
+const NO_PERMISSION: u32 = 4;
+const NOT_FOUND: u32 = 6;
 const FUNCTION_NOT_FOUND: u32 = 13;
 const ARGUMENT_VERSION_MISMATCH: u32 = 25;
+
+/// `NVML_P2P_CAPS_INDEX_NVLINK`.
+const P2P_NVLINK: u32 = 2;
+/// `NVML_P2P_STATUS_OK` and `NVML_P2P_STATUS_UNKNOWN`; what lies between is why not.
+const P2P_OK: u32 = 0;
+const P2P_UNKNOWN: u32 = 6;
 
 /// `nvmlGpuFabricInfo_t`.
 #[repr(C)]
@@ -66,11 +74,13 @@ entry_points! {
         fn nvmlInit_v2();
         fn nvmlShutdown();
         fn nvmlDeviceGetGpuFabricInfo(device: u64, info: &mut InfoV1);
+        fn nvmlDeviceGetP2PStatus(device: u64, peer: u64, capability: u32, status: &mut u32);
     }
 
     // SAFETY: nothing is called here; raw pointers make the methods of these unsafe to call.
     unsafe {
         fn nvmlDeviceGetHandleByPciBusId_v2(id: *const c_char, device: &mut u64);
+        fn nvmlDeviceGetHandleByUUID(id: *const c_char, device: &mut u64);
         fn nvmlDeviceGetGpuFabricInfoV(device: u64, info: *mut c_void);
     }
 }
@@ -87,7 +97,7 @@ impl Nvml {
     /// What NVML says of the GPU at a PCI address. Of a GPU without a fabric it is
     /// [`FabricInfo::NONE`].
     pub(crate) fn fabric_info(&self, site: Site, pci_bus_id: &str) -> Result<FabricInfo> {
-        match self.ask(site, pci_bus_id) {
+        match self.ask(site, pci_bus_id, |device| self.fabric(site, device)) {
             Err(Error::Nvml {
                 status: NOT_SUPPORTED,
                 ..
@@ -96,7 +106,34 @@ impl Nvml {
         }
     }
 
-    fn ask(&self, site: Site, pci_bus_id: &str) -> Result<FabricInfo> {
+    /// What joins the GPU at a PCI address and those with these UUIDs.
+    pub(crate) fn peer_links(
+        &self,
+        site: Site,
+        pci_bus_id: &str,
+        peers: &[Bytes16],
+    ) -> Result<Vec<Link>> {
+        self.ask(site, pci_bus_id, |device| {
+            let links = peers
+                .iter()
+                .map(|peer| match self.link(site, device, *peer) {
+                    Err(Error::Nvml {
+                        status: NOT_SUPPORTED | NO_PERMISSION | NOT_FOUND,
+                        ..
+                    }) => Ok(Link::Unknown),
+                    answer => answer,
+                });
+            links.collect()
+        })
+    }
+
+    /// Asks about the GPU at a PCI address.
+    fn ask<T>(
+        &self,
+        site: Site,
+        pci_bus_id: &str,
+        question: impl FnOnce(u64) -> Result<T>,
+    ) -> Result<T> {
         self.0.nvmlInit_v2(site)?;
         let _session = Session { nvml: self, site };
         let id = CString::new(pci_bus_id).unwrap_or_default();
@@ -106,6 +143,27 @@ impl Nvml {
             self.0
                 .nvmlDeviceGetHandleByPciBusId_v2(site, id.as_ptr(), &mut device)
         }?;
+        question(device)
+    }
+
+    fn link(&self, site: Site, device: u64, peer: Bytes16) -> Result<Link> {
+        let id = CString::new(format!("GPU-{peer}")).unwrap_or_default();
+        let (mut other, mut status) = (0, P2P_UNKNOWN);
+        // SAFETY: `id` is a string that ends in a zero.
+        unsafe {
+            self.0
+                .nvmlDeviceGetHandleByUUID(site, id.as_ptr(), &mut other)
+        }?;
+        self.0
+            .nvmlDeviceGetP2PStatus(site, device, other, P2P_NVLINK, &mut status)?;
+        Ok(match status {
+            P2P_OK => Link::Nvlink,
+            P2P_UNKNOWN.. => Link::Unknown,
+            _ => Link::Other,
+        })
+    }
+
+    fn fabric(&self, site: Site, device: u64) -> Result<FabricInfo> {
         for version in [V3, V2] {
             match self.versioned(site, device, version) {
                 Err(error) if is_too_new(&error) => {}

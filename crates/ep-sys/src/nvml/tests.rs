@@ -1,9 +1,9 @@
-//! Fabric information from libraries of every age.
+//! Fabric information from libraries of every age, and links.
 
 use super::Nvml;
 use crate::cuda::load::Site;
 use crate::fake::Fake;
-use crate::{Bytes16, Call, DeviceOrdinal, Error, FabricInfo, FabricState, Result};
+use crate::{Bytes16, Call, DeviceOrdinal, Error, FabricInfo, FabricState, Link, Result};
 
 /// What a library built so answers, and the calls that it took.
 fn ask(defines: &[&str]) -> Option<(Result<FabricInfo>, Vec<String>)> {
@@ -116,5 +116,91 @@ fn a_refusal_is_an_error_and_the_session_ends() {
             "{error}"
         );
         assert_eq!(calls.last().unwrap() == "1: nvmlShutdown", began, "{fail}");
+    }
+}
+
+/// What a library built so answers of links to two GPUs, and the calls that it took.
+fn ask_links(defines: &[&str]) -> Option<(Result<Vec<Link>>, Vec<String>)> {
+    let fake = Fake::libnvml(defines)?;
+    let nvml = Nvml::open(fake.library()).unwrap();
+    let site = Site {
+        call: Call::PeerLinks,
+        device: DeviceOrdinal(1),
+    };
+    let peers = [0x10, 0xa0].map(|first| Bytes16(std::array::from_fn(|i| first + i as u8)));
+    let answer = nvml.peer_links(site, "0000:1B:00.0", &peers);
+    Some((answer, fake.journal()))
+}
+
+#[test]
+fn links_are_asked_for_by_uuid_in_one_session() {
+    let Some((answer, calls)) = ask_links(&[]) else {
+        return;
+    };
+    assert_eq!(answer.unwrap(), [Link::Nvlink; 2]);
+    assert_eq!(
+        calls,
+        [
+            "0: nvmlInit_v2",
+            "1: nvmlDeviceGetHandleByPciBusId_v2 0000:1B:00.0",
+            "1: nvmlDeviceGetHandleByUUID GPU-10111213-1415-1617-1819-1a1b1c1d1e1f",
+            "1: nvmlDeviceGetP2PStatus 0xd 0xe 2",
+            "1: nvmlDeviceGetHandleByUUID GPU-a0a1a2a3-a4a5-a6a7-a8a9-aaabacadaeaf",
+            "1: nvmlDeviceGetP2PStatus 0xd 0xe 2",
+            "1: nvmlShutdown",
+        ]
+    );
+}
+
+#[test]
+fn only_a_plain_answer_says_that_there_is_no_nvlink() {
+    let without =
+        ["P2P=1", "P2P=2", "P2P=3", "P2P=4", "P2P=5"].map(|define| ([define], Link::Other));
+    let unclear = ["P2P=6", "P2P=7"].map(|define| ([define], Link::Unknown));
+    for (defines, link) in without.into_iter().chain(unclear) {
+        let Some((answer, _)) = ask_links(&defines) else {
+            return;
+        };
+        assert_eq!(answer.unwrap(), [link; 2], "{defines:?}");
+    }
+    for call in ["nvmlDeviceGetHandleByUUID", "nvmlDeviceGetP2PStatus"] {
+        let fail = format!("FAIL=\"{call}\"");
+        for status in ["STATUS=3", "STATUS=4", "STATUS=6"] {
+            let Some((answer, _)) = ask_links(&[&fail, status]) else {
+                return;
+            };
+            assert_eq!(answer.unwrap(), [Link::Unknown; 2], "{call} {status}");
+        }
+        let Some((answer, calls)) = ask_links(&[&fail, "STATUS=999"]) else {
+            return;
+        };
+        let error = answer.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Nvml {
+                    call: Call::PeerLinks,
+                    status: 999,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert_eq!(calls.last().unwrap(), "1: nvmlShutdown");
+
+        let absent = format!("{call}=absent");
+        let Some((answer, _)) = ask_links(&[&absent]) else {
+            return;
+        };
+        assert!(
+            matches!(
+                answer,
+                Err(Error::MissingSymbol {
+                    call: Call::PeerLinks,
+                    ..
+                })
+            ),
+            "{answer:?}"
+        );
     }
 }
