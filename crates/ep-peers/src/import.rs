@@ -235,7 +235,7 @@ impl<'a> Importer<'a> {
         let check = match link.map(|&(_, link)| link) {
             None => None,
             Some(Ok(Link::Nvlink)) => Some(NvlinkCheck::Joined),
-            Some(Ok(Link::Other)) => return Err(Reason::NoNvlink),
+            Some(Ok(Link::Pcie)) => return Err(Reason::NoNvlink),
             Some(Ok(Link::Unknown)) => Some(NvlinkCheck::Unknown),
             Some(Err(refusal)) => Some(NvlinkCheck::Refused(refusal)),
         };

@@ -142,6 +142,11 @@ fn devices(b: &mut Bench<'_>) -> Result<()> {
         b.driver.peer_links(b.device, &strangers)? == [Link::Unknown; 2],
         "of GPUs that the host lacks NVML cannot tell",
     );
+    let own = b.driver.device_info(b.device)?.uuid;
+    b.check(
+        b.driver.peer_links(b.device, &[own])? == [Link::Unknown],
+        "nothing joins a GPU and itself",
+    );
     let absent = DeviceOrdinal(count);
     b.refused(
         "info of an absent device",

@@ -178,15 +178,20 @@ impl Process {
     /// What joins a visible device and a GPU of the node, by its number there. A process in a
     /// container of its own knows no others than the visible.
     pub(crate) fn link(&self, device: DeviceOrdinal, peer: u32) -> Result<Link> {
-        let (_, gpu) = self.gpu(device)?;
+        let (here, gpu) = self.gpu(device)?;
         let hidden = self
             .node()
             .is_some_and(|node| node.ipc_namespace == IpcNamespace::Private)
             && self.devices.iter().all(|visible| visible.gpu != peer);
         let by_nvlink = |gpu: &Gpu| gpu.peer_access == PeerAccess::All;
         Ok(match self.describe(self.node, peer) {
-            Some(peer) if !hidden && by_nvlink(gpu) && by_nvlink(peer) => Link::Nvlink,
-            Some(_) if !hidden => Link::Other,
+            Some(other) if !hidden && here != peer && self.reaches(here, peer) => {
+                if by_nvlink(gpu) && by_nvlink(other) {
+                    Link::Nvlink
+                } else {
+                    Link::Pcie
+                }
+            }
             _ => Link::Unknown,
         })
     }

@@ -356,15 +356,18 @@ fn links_are_those_of_both_gpus_where_they_can_be_seen() {
     };
     let mut cluster = Cluster::hgx_h200(3);
     cluster.nodes[0].gpus[2].peer_access = PeerAccess::Pcie;
-    let nvlink_but_for_2 = [Link::Nvlink, Link::Nvlink, Link::Other];
-    assert_eq!(links(&cluster, &[0]), nvlink_but_for_2);
-    assert_eq!(links(&cluster, &[2]), [Link::Other; 3]);
+    // Not of itself.
+    let of_0 = [Link::Unknown, Link::Nvlink, Link::Pcie];
+    assert_eq!(links(&cluster, &[0]), of_0);
+    let of_2 = [Link::Pcie, Link::Pcie, Link::Unknown];
+    assert_eq!(links(&cluster, &[2]), of_2);
     let both = SimDriver::new(&cluster, 0, &[0, 2]);
     assert!(both.can_access_peer(D0, D1).unwrap());
 
     let private = cluster.map_nodes(|node| node.ipc_namespace = IpcNamespace::Private);
-    let own_alone = [Link::Unknown, Link::Nvlink, Link::Unknown];
-    assert_eq!(links(&private, &[1]), own_alone);
+    assert_eq!(links(&private, &[1]), [Link::Unknown; 3]);
+    let seen = [Link::Nvlink, Link::Unknown, Link::Unknown];
+    assert_eq!(links(&private, &[1, 0]), seen);
     let driver = SimDriver::new(&private, 0, &[0]);
     let elsewhere = uuids(&Cluster::gb200_nvl72(1));
     assert_eq!(

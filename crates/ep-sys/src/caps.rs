@@ -47,10 +47,10 @@ pub enum FabricState {
 pub enum Link {
     /// NVLink, switches in between or not.
     Nvlink,
-    /// PCIe alone, or nothing.
-    Other,
-    /// NVML does not say: the other GPU is hidden from it, as in a container, or the driver has no
-    /// answer.
+    /// PCIe alone: they can address each other, and not over NVLink.
+    Pcie,
+    /// NVML does not say: the other GPU is hidden from it, as in a container; it says that the two
+    /// cannot even address each other, which only trying proves; or they are one GPU.
     Unknown,
 }
 

@@ -1,5 +1,5 @@
 /* An NVML that knows the fabric structures up to KNOWS, written from nvml.h, and one GPU,
- * of whose links to others it says P2P. */
+ * of whose links to others it says NVLINK and P2P. */
 #include "fake.h"
 
 static int sessions;
@@ -22,7 +22,7 @@ unsigned nvmlInit_v2(void) { ENTER(""); sessions++; return 0; }
 unsigned nvmlShutdown(void) { ENTER(""); sessions--; return 0; }
 unsigned nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { ENTER(" %s", id); *device = (void *)0xd; return 0; }
 unsigned nvmlDeviceGetHandleByUUID(const char *id, void **device) { ENTER(" %s", id); *device = (void *)0xe; return 0; }
-unsigned nvmlDeviceGetP2PStatus(void *device, void *peer, unsigned capability, unsigned *status) { ENTER(" %p %p %u", device, peer, capability); *status = P2P; return 0; }
+unsigned nvmlDeviceGetP2PStatus(void *device, void *peer, unsigned capability, unsigned *status) { ENTER(" %p %p %u", device, peer, capability); *status = capability == 2 ? NVLINK : P2P; return 0; }
 unsigned nvmlDeviceGetGpuFabricInfo(void *device, struct v1 *info) { ENTER(" %p", device); ANSWER(info, 1); return 0; }
 unsigned nvmlDeviceGetGpuFabricInfoV(void *device, unsigned *version) {
     ENTER(" %p %x", device, *version);

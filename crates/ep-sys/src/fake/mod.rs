@@ -22,7 +22,11 @@ impl Fake {
 
     /// Compiles a fake NVML.
     pub(crate) fn libnvml(defines: &[&str]) -> Option<Self> {
-        Self::compile(include_str!("libnvml.c"), &["KNOWS=3", "P2P=0"], defines)
+        Self::compile(
+            include_str!("libnvml.c"),
+            &["KNOWS=3", "NVLINK=0", "P2P=0"],
+            defines,
+        )
     }
 
     fn compile(source: &str, defaults: &[&str], defines: &[&str]) -> Option<Self> {

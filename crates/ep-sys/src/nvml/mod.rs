@@ -16,7 +16,8 @@ const NOT_FOUND: u32 = 6;
 const FUNCTION_NOT_FOUND: u32 = 13;
 const ARGUMENT_VERSION_MISMATCH: u32 = 25;
 
-/// `NVML_P2P_CAPS_INDEX_NVLINK`.
+/// `NVML_P2P_CAPS_INDEX_READ` and `NVML_P2P_CAPS_INDEX_NVLINK`.
+const P2P_READ: u32 = 0;
 const P2P_NVLINK: u32 = 2;
 /// `NVML_P2P_STATUS_OK` and `NVML_P2P_STATUS_UNKNOWN`; what lies between is why not.
 const P2P_OK: u32 = 0;
@@ -148,18 +149,23 @@ impl Nvml {
 
     fn link(&self, site: Site, device: u64, peer: Bytes16) -> Result<Link> {
         let id = CString::new(format!("GPU-{peer}")).unwrap_or_default();
-        let (mut other, mut status) = (0, P2P_UNKNOWN);
+        let mut other = 0;
         // SAFETY: `id` is a string that ends in a zero.
         unsafe {
             self.0
                 .nvmlDeviceGetHandleByUUID(site, id.as_ptr(), &mut other)
         }?;
-        self.0
-            .nvmlDeviceGetP2PStatus(site, device, other, P2P_NVLINK, &mut status)?;
-        Ok(match status {
+        let status = |capability| {
+            let mut status = P2P_UNKNOWN;
+            self.0
+                .nvmlDeviceGetP2PStatus(site, device, other, capability, &mut status)?;
+            Ok(status)
+        };
+        Ok(match status(P2P_NVLINK)? {
             P2P_OK => Link::Nvlink,
             P2P_UNKNOWN.. => Link::Unknown,
-            _ => Link::Other,
+            _ if status(P2P_READ)? == P2P_OK => Link::Pcie,
+            _ => Link::Unknown,
         })
     }
 

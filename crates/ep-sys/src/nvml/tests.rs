@@ -154,11 +154,17 @@ fn links_are_asked_for_by_uuid_in_one_session() {
 
 #[test]
 fn only_a_plain_answer_says_that_there_is_no_nvlink() {
-    let without =
-        ["P2P=1", "P2P=2", "P2P=3", "P2P=4", "P2P=5"].map(|define| ([define], Link::Other));
-    let unclear = ["P2P=6", "P2P=7"].map(|define| ([define], Link::Unknown));
-    for (defines, link) in without.into_iter().chain(unclear) {
-        let Some((answer, _)) = ask_links(&defines) else {
+    for (nvlink, p2p, link) in [
+        (1, 0, Link::Pcie),
+        (5, 0, Link::Pcie),
+        (6, 0, Link::Unknown),
+        (7, 0, Link::Unknown),
+        // They were seen to address each other, or nobody would ask.
+        (5, 5, Link::Unknown),
+        (5, 6, Link::Unknown),
+    ] {
+        let defines = [format!("NVLINK={nvlink}"), format!("P2P={p2p}")];
+        let Some((answer, _)) = ask_links(&defines.each_ref().map(String::as_str)) else {
             return;
         };
         assert_eq!(answer.unwrap(), [link; 2], "{defines:?}");
