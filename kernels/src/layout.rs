@@ -128,8 +128,12 @@ impl Shape {
     /// Where in it the pairs of words are in which [`EP_ABORTED`](ffi::EP_ABORTED) calls operations
     /// off.
     pub fn control_waits(&self) -> [u64; ffi::EP_CONTROL_WAITS as usize] {
-        let parts = (4 * u64::from(self.num_ranks)).next_multiple_of(128);
-        std::array::from_fn(|i| parts + 32 * i as u64 + 8)
+        std::array::from_fn(|i| self.control_part(i as u64) + 8)
+    }
+
+    /// Where in it a part of an operation has its words: its epoch, then those that call it off.
+    pub(crate) fn control_part(&self, part: u64) -> u64 {
+        (4 * u64::from(self.num_ranks)).next_multiple_of(128) + 32 * part
     }
 
     /// Bytes of a handle's `route`, `recv_map` and `recv_rows`, in this order.

@@ -20,11 +20,6 @@ const MOST_TOKENS: usize = 64;
 /// Of what is written at a time, the first word is its epoch.
 const EVERY_LINE_HAS_AN_EPOCH: bool = false;
 
-/// Where the operations begun of a part are counted, in the control block.
-fn counter(ranks: usize, part: u64) -> u64 {
-    (4 * ranks as u64).next_multiple_of(8) + 8 * part
-}
-
 /// The clock that waits are measured by.
 fn clock() -> Duration {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -58,7 +53,7 @@ fn the_wait_for_a_late_source_is_its_own() {
             harness::dispatch(&args).unwrap();
         });
         // That of receive parts advances as one begins.
-        let begun = counter(case.ranks, 1);
+        let begun = contract::counter(case.ranks, 1);
         while world.ranks[RECEIVER].control.word(begun) == 0 {
             thread::yield_now();
         }

@@ -23,11 +23,6 @@ const MOST_RANKS: usize = 4;
 const MOST_TOKENS: usize = 20;
 const EVERY_LINE_HAS_AN_EPOCH: bool = true;
 
-/// Where the operations begun of a part are counted, in the control block.
-fn counter(ranks: usize, part: u64) -> u64 {
-    (4 * ranks as u64).next_multiple_of(128) + 32 * part
-}
-
 /// The clock that waits are measured by.
 fn clock() -> Duration {
     EmulatedKernels::clock()
@@ -84,6 +79,10 @@ fn a_shape_for_which_shared_memory_is_too_small_is_refused() {
     };
     assert_eq!(harness::dispatch(&args), Err(too_large));
     assert!(too_large.to_string().contains("dispatch bf16"));
-    let begun = |part| world.ranks[0].control.word(counter(case.ranks, part));
+    let begun = |part| {
+        world.ranks[0]
+            .control
+            .word(contract::counter(case.ranks, part))
+    };
     assert_eq!([begun(0), begun(1)], [0, 0]);
 }

@@ -11,6 +11,7 @@ use crate::{Layout, Shape};
 /// A shape within the limits of the contract.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Dims {
+    pub(super) shape: Shape,
     pub(super) rank: usize,
     pub(super) ranks: usize,
     pub(super) experts: usize,
@@ -18,9 +19,6 @@ pub(super) struct Dims {
     pub(super) max_tokens: usize,
     pub(super) hidden: usize,
     pub(super) max_top_k: usize,
-    pub(super) control_bytes: u64,
-    /// Where in the control block it says whether operations are called off.
-    pub(super) aborted: u64,
     /// Tokens of this rank, of the handle.
     pub(super) tokens: usize,
     /// Experts per token, of the handle.
@@ -63,6 +61,7 @@ impl Dims {
             && group.timeout_ns > 0
             && addressable == [true; 3];
         usable.then_some(Self {
+            shape,
             rank: group.rank as usize,
             ranks: group.num_ranks as usize,
             experts: group.num_experts as usize,
@@ -70,8 +69,6 @@ impl Dims {
             max_tokens: group.max_tokens as usize,
             hidden: group.hidden as usize,
             max_top_k: group.max_top_k as usize,
-            control_bytes: shape.control_bytes(),
-            aborted: shape.control_waits()[0],
             tokens: 0,
             top_k: 0,
             slot: 0,

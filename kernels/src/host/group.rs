@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::check::Dims;
 use super::memory::{GroupMemory, Window};
 use super::wire::{Guarded, Regions, pair};
+use crate::Shape;
 use crate::ffi::{
     self, EP_ABORTED, EP_FAULT_ABORTED, EP_FAULT_BYTES, EP_FAULT_RING, EP_FAULT_TIMEOUT,
     EP_FAULT_UNREACHABLE, EP_OP_BARRIER, EP_OP_COMBINE, EP_OP_DISPATCH, ep_group, ep_layout,
@@ -56,9 +57,9 @@ impl Counter {
         }
     }
 
-    /// Its word in the control block, behind the participation table.
-    fn at(self, ranks: usize) -> u64 {
-        (4 * ranks as u64).next_multiple_of(8) + 8 * self as u64
+    /// Its word in the control block.
+    fn at(self, shape: &Shape) -> u64 {
+        shape.control_part(self as u64)
     }
 }
 
@@ -104,7 +105,7 @@ impl<'a> Group<'a> {
 
     /// Begins a part: advances its epoch.
     pub(super) fn begin(&self, counter: Counter) -> Part<'_> {
-        let epoch = self.memory.control.increment(counter.at(self.dims.ranks));
+        let epoch = self.memory.control.increment(counter.at(&self.dims.shape));
         Part {
             group: self,
             op: counter.op(),
@@ -135,7 +136,8 @@ impl<'a> Group<'a> {
 
     /// Whether the host has called operations off.
     fn is_aborted(&self) -> bool {
-        self.memory.control.load(self.dims.aborted) == EP_ABORTED.into()
+        let [first, ..] = self.dims.shape.control_waits();
+        self.memory.control.load(first) == EP_ABORTED.into()
     }
 
     /// Nanoseconds since the start of the launch, from which the time-out counts too.
@@ -222,7 +224,7 @@ impl Part<'_> {
         let sequence = group
             .memory
             .control
-            .increment(Counter::Faults.at(group.dims.ranks));
+            .increment(Counter::Faults.at(&group.dims.shape));
         let ring = &group.memory.faults;
         let at = (sequence - 1) % u64::from(EP_FAULT_RING) * u64::from(EP_FAULT_BYTES);
         let words = [

@@ -157,7 +157,7 @@ impl GroupMemory {
         Self {
             buffers: table.iter().map(buffer).collect(),
             // SAFETY: the control block has these bytes.
-            control: unsafe { Window::new(group.control, dims.control_bytes) },
+            control: unsafe { Window::new(group.control, dims.shape.control_bytes()) },
             // SAFETY: the fault ring has these bytes.
             faults: unsafe { Window::new(group.faults, faults) },
         }
